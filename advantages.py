@@ -1,0 +1,227 @@
+"""Every variant of the advantage and the loss, as pure functions on tensors; no model in here.
+
+Rewards are binary: 1 for a correct response, 0 for an incorrect one (`check_rewards`). Responses are numbered in flat
+order, B of them in M groups; `group` (B,) says which group each is in. Tokens are numbered in flat order too, N of them;
+`response` (N,) says which response each is in. Nothing is padded.
+
+    two groups of two responses with 2, 1 and 1, 3 tokens:
+    group    [0, 0, 1, 1]
+    response [0, 0, 1, 2, 3, 3, 3]
+
+[NTHR] is arXiv 2505.18830, [DaGRPO] arXiv 2512.06337, [LUFFY] arXiv 2504.14945, [DrGRPO] arXiv 2503.20783, [DAPO] arXiv
+2503.14476. In order: advantages; the loss; NTHR's scores and selection; DaGRPO's masks and anchors.
+"""
+import torch
+
+ETAS = {"2|0.5-p|": lambda p: 2 * (0.5 - p).abs(), "p": lambda p: p, "1-p": lambda p: 1 - p}  # [NTHR] sec. 5, ablation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# advantages
+
+def check_rewards(rewards):
+    """Raise ValueError unless every reward is 0 or 1."""
+    if not ((rewards == 0) | (rewards == 1)).all():
+        raise ValueError(f"rewards must be 0 or 1, got {rewards[(rewards != 0) & (rewards != 1)][0].item()}")
+
+
+def group_sum(values, group, groups):
+    """Sum of values (B,) within each group: (groups,)."""
+    return torch.zeros(groups, dtype=values.dtype, device=values.device).index_add(0, group, values)
+
+
+def group_mean(values, group):
+    """Mean of values (B,) within each response's group, given to each response: (B,)."""
+    groups = int(group[-1]) + 1 if len(group) else 0
+    return (group_sum(values, group, groups) / group_sum(torch.ones_like(values), group, groups))[group]
+
+
+def group_advantages(rewards, group, norm="std"):
+    """A_i = (r_i - mean) / std within the group, population std ([NTHR] eq. 1). (B,), (B,) -> (B,).
+
+    norm="mean": r_i - mean, not divided ([DrGRPO], [DaGRPO]). A group whose rewards are all equal has no signal: 0.
+    Off-policy anchors are responses of their group like any other (the union of [DaGRPO] G_mix).
+    """
+    centred = rewards - group_mean(rewards, group)
+    if norm == "mean":
+        return centred
+    std = group_mean(centred.square(), group).sqrt()
+    return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss
+
+def token_weights(response, group, groups_in_update, norm="group", tokens_in_update=None, group_size=None,
+                  max_tokens=None):
+    """The weight of every token's loss, (N,); the loss is the weighted sum over all ranks and micro-batches.
+
+    norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "token": 1 / tokens of the update, [DAPO].
+    "constant": 1 / (group_size x max_tokens x groups), [DrGRPO], [DaGRPO]: neither length nor masks change it.
+    response (N,), group (B,) of whole groups on this rank; the counts are of the whole update, all ranks.
+    """
+    of_token = group[response]                                                                    # (N,)
+    if norm == "group":
+        return 1.0 / (torch.bincount(of_token)[of_token] * groups_in_update).to(torch.float32)
+    count = tokens_in_update if norm == "token" else group_size * max_tokens * groups_in_update
+    return torch.full(of_token.shape, 1.0 / count, device=of_token.device)
+
+
+def clipped_loss(logp, old_logp, advantages, clip_low, clip_high):
+    """-min(g A, clip(g, 1 - clip_low, 1 + clip_high) A) per token, g = exp(logp - old_logp) ([NTHR] eq. 1). All (N,).
+
+    clip_high > clip_low is clip-higher ([DAPO]). Returns (loss, clipped): clipped is 1.0 where the clip was the smaller
+    term, so that the token has no gradient.
+    """
+    ratio = (logp - old_logp).exp()
+    plain = ratio * advantages
+    limited = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return -torch.minimum(plain, limited), (limited < plain).detach().float()
+
+
+def anchor_loss(logp, advantages, form="luffy", gamma=0.1):
+    """Loss of off-policy anchor tokens, no ratio and no clip. All (N,).
+
+    "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi ([LUFFY] eq. 8).
+    "logp": -A log pi, [DaGRPO] eq. 13 to the letter.
+    """
+    return -advantages * (logp if form == "logp" else logp.exp() / (logp.exp() + gamma))
+
+
+def kl_k3(logp, ref_logp):
+    """Per-token estimate of KL(pi || ref), never negative: exp(d) - d - 1 with d = ref_logp - logp (GRPO). All (N,)."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NTHR: which tokens of incorrect responses pull the likelihood of correct ones down
+
+@torch.no_grad()
+def influence(h, targets, lse, head, source, temperature=1.0, vocab="response", chunk=512):
+    """s_t = u_t^T M h_t of every token t of ONE group, M = sum over source tokens k of u_k h_k^T ([NTHR] eq. 7).
+
+    u = onehot(target) - softmax(logits / temperature) is the prediction error, so M is the gradient of the source tokens'
+    log-likelihood with respect to the LM head and s_t its inner product with token t's (times temperature^2).
+
+    h (N, d): states that predict the tokens, before the head; targets (N,); lse (N,): logsumexp(logits / temperature)
+    over the whole vocabulary; head (V, d); source (N,) bool. vocab "response": rows of the tokens in the group only
+    (the paper's V*_x, no renormalisation); "full": all rows. lse is known, so u comes a block of the vocabulary at a
+    time, once, in at most chunk x V elements however long the group is. Returns s (N,), float32 (float64 of float64).
+    """
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    h, shift = h.to(dtype), -lse[:, None].to(dtype)
+    column = targets
+    if vocab == "response":
+        rows, column = targets.unique(return_inverse=True)
+        head = head[rows]
+    source = source.nonzero()[:, 0]
+    h_source = h[source]                                                                          # (K, d)
+    few = len(source) <= h.shape[1]  # then sum <u_t, u_k> <h_t, h_k> as it stands, else M: whichever multiplies less
+    pairs = h.new_zeros(len(h), len(source) if few else 0)                                        # <u_t, u_k>, (N, K)
+    s = h.new_zeros(len(h))
+    block = max(1, chunk * len(head) // max(1, len(h)))
+    for a in range(0, len(head), block):
+        w = head[a:a + block].to(dtype)                                                           # (block, d)
+        u = torch.addmm(shift, h, w.T, alpha=1 / temperature).exp_().neg_()                       # (N, block)
+        here = ((column >= a) & (column < a + len(w))).to(dtype)
+        u.scatter_add_(1, (column - a).clamp(0, len(w) - 1)[:, None], here[:, None])
+        if few:
+            pairs.addmm_(u, u[source].T)
+        else:
+            s += torch.linalg.vecdot(u, h @ (h_source.T @ u[source]))                             # M's rows of the block
+    return s + torch.linalg.vecdot(pairs, h @ h_source.T) if few else s
+
+
+def nthr_select(s, rewards, response, group, beta=1.0):
+    """Tokens of incorrect responses with s > tau = beta x min over correct i' of mean s ([NTHR] eq. 8, 9, Algorithm 1).
+
+    s (N,), rewards (B,). Returns (selected (N,) bool, tau (M,)). The minimum runs over the group's correct responses, the
+    sum in s over all of them, i' itself included, as in the formulas. tau may be negative. beta=-inf selects every
+    incorrect token; a group without a correct response selects none (tau = inf).
+    """
+    groups = int(group[-1]) + 1 if len(group) else 0
+    lengths = torch.bincount(response, minlength=len(rewards))
+    mean_s = torch.zeros_like(rewards, dtype=s.dtype).index_add(0, response, s) / lengths          # (B,)
+    lowest = torch.full((groups,), torch.inf, dtype=s.dtype, device=s.device)
+    lowest = lowest.scatter_reduce(0, group, mean_s.where(rewards == 1, torch.inf), "amin")       # (M,)
+    tau = torch.full_like(lowest, -torch.inf) if beta == -torch.inf else beta * lowest
+    tau = tau.where(lowest < torch.inf, torch.inf)
+    return (rewards[response] == 0) & (s > tau[group[response]]), tau
+
+
+def nthr_eta(eta, rewards, group):
+    """What is left of a selected token's advantage, per response (B,): 2|0.5 - p|, p, 1 - p (p the group's success
+    rate), or a constant."""
+    p = group_mean(rewards, group)
+    return ETAS[eta](p) if isinstance(eta, str) else torch.full_like(p, eta)
+
+
+def random_like(selected, response, generator):
+    """As many tokens of every response as `selected` has there, uniformly without replacement ([NTHR] "Random").
+
+    selected (N,) bool, response (N,) ascending. Returns (N,) bool. generator: torch.Generator on the CPU.
+    """
+    draw = torch.rand(len(response), generator=generator, dtype=torch.float64).to(response.device)
+    order = torch.argsort(response + draw)                       # shuffles the tokens within each response
+    wanted = torch.zeros(len(response) + 1, dtype=torch.int64, device=response.device)
+    wanted = wanted.index_add(0, response, selected.long())      # tokens wanted of each response
+    lengths = torch.bincount(response)
+    place = torch.arange(len(response), device=response.device) - (lengths.cumsum(0) - lengths)[response]
+    picked = torch.zeros_like(selected)
+    picked[order] = place < wanted[response]
+    return picked
+
+
+def token_advantages(variant, advantages, rewards, response, group, selected=None, eta="2|0.5-p|", lam=None):
+    """The advantage of every response token, (N,); a constant of the step, no gradient goes through it.
+
+    grpo: A_i for all tokens of response i. pos_only: negative A_i set to 0; the loss keeps counting those tokens.
+    nthr: eta A_i on `selected` tokens. random: 0 on them. dagrpo: lambda_i A_i, lam (B,) from dagrpo_masks.
+    """
+    if variant == "pos_only":
+        advantages = advantages.clamp(min=0)
+    if variant == "dagrpo" and lam is not None:
+        advantages = advantages * lam
+    out = advantages[response]
+    if variant in ("nthr", "random"):
+        keep = nthr_eta(eta, rewards, group)[response] if variant == "nthr" else torch.zeros_like(out)
+        out = torch.where(selected, keep * out, out)
+    return out
+
+
+def gwhes(s_positive, s_negative, rewards, response, group):
+    """Group-weighted hidden embedding score of every correct response ([NTHR] eq. 5), nan for the others: (B,).
+
+    s_positive, s_negative (N,): `influence` with the group's correct, and with its incorrect, tokens as source.
+    p- x sum over the response's tokens of s_negative - p+ x the same of s_positive; p+ = (1-p)/sqrt(p(1-p)), p- =
+    p/sqrt(p(1-p)). A question's score is the mean over its correct responses.
+    """
+    p = group_mean(rewards, group).to(s_positive.dtype)
+    scale = (p * (1 - p)).sqrt()
+    sums = [torch.zeros_like(p).index_add(0, response, s) for s in (s_positive, s_negative)]
+    score = (p * sums[1] - (1 - p) * sums[0]) / scale
+    return score.where((rewards == 1) & (scale > 0), torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DaGRPO: which responses a judge can tell apart
+
+def dagrpo_masks(scores, advantages, group, delta=3.0):
+    """lambda of every response, 0 or 1, (B,) ([DaGRPO]; S the judge's score, higher is better).
+
+    lambda+(j) = 1[S_j - max over negatives of S >= delta] for A_j > 0; lambda-(k) = 1[min over positives of S - S_k >=
+    delta] for A_k < 0; signs of the advantages of the whole group, before masking. A response without an opposite, or
+    with A = 0, gets 0: it has no gradient anyway.
+    """
+    groups = int(group[-1]) + 1 if len(group) else 0
+
+    def extreme(of, empty, how):
+        start = torch.full((groups,), empty, dtype=scores.dtype, device=scores.device)
+        return start.scatter_reduce(0, group, scores.where(of, empty), how)[group]
+
+    best_negative = extreme(advantages < 0, -torch.inf, "amax")
+    worst_positive = extreme(advantages > 0, torch.inf, "amin")
+    positive = (advantages > 0) & best_negative.isfinite() & (scores - best_negative >= delta)
+    negative = (advantages < 0) & worst_positive.isfinite() & (worst_positive - scores >= delta)
+    return (positive | negative).to(advantages.dtype)

@@ -1,0 +1,519 @@
+"""The trainer's model: process group, packing, log-probabilities, DDP/FSDP wrapping, checkpoints.
+
+Layout. A step's responses are one flat run of tokens; every per-token quantity (log-probability, advantage, weight) is a
+tensor (N,) in that order. For the forward pass they are packed into micro-batches of *trees*: a prompt once, then the
+responses that share it; what all prompts of the micro-batch begin with (few-shot examples) stands before them, once.
+Tokens see what leads to them, nothing else, and position ids count along that way, so the numbers are those of each
+prompt + response alone, without padding and without computing anything twice.
+
+    prompts [7 8 9] with responses [1 2] and [3], [7 8 6] with response [4]:
+    input_ids  7 8 | 9 | 1 2 | 3 | 6 | 4    six segments: the common prefix, a prompt's rest, its responses, ...
+    position   0 1   2   3 4   3   2   3
+    predicts         2 3 2 6                index of the state that predicts response tokens 1, 2, 3, 4
+    targets          1 2 3 4
+"""
+import ctypes
+import glob
+import json
+import os
+import shutil
+import socket
+import sys
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from configurator import is_rank0, print0, save_config
+
+try:
+    from flash_attn import flash_attn_varlen_func
+except ImportError:  # SDPA then, see packed_attention
+    flash_attn_varlen_func = None
+
+
+def setup_distributed():
+    """Join torchrun's process group, or make one of a single rank. Returns this rank's torch.device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux":  # keep what is freed: a step's large tensors need not be cleared by the system again
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: of which nothing is given back
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packing
+
+@dataclass
+class MicroBatch:
+    """One forward pass: T packed tokens with N response tokens in them, response tokens in flat order."""
+    input_ids: torch.Tensor   # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64
+    predicts: torch.Tensor    # (N,) int64, index into T of the state that predicts each response token
+    targets: torch.Tensor     # (N,) int64, the response tokens
+    span: slice               # where the N tokens stand in the rank's flat order; (0, 0) for a filler
+    prefix: int               # tokens of the common prefix, the first of T
+    spans: list               # [(start, end, mask (end - start, prefix + end - start) bool or None: causal)], SDPA: the
+                              # common prefix, then trees, short ones together
+    kv_index: torch.Tensor    # (K,) int64, keys of all segments one after the other, varlen attention
+    cu_q: torch.Tensor        # (S+1,) int32, where each segment starts in T
+    cu_k: torch.Tensor        # (S+1,) int32, where its keys (what leads to it, and its own) start in K
+    max_q: int
+    max_k: int
+
+
+def plan_micro_batches(groups, tokens_per_micro_batch, share_prompts=True):
+    """Cut groups into micro-batches of at most `tokens_per_micro_batch` packed tokens, in order.
+
+    groups: dicts with "prompt" (P,) and "responses" [(R_i,)]. Returns a list of micro-batches, each a list of trees
+    (group index, [response indices]). A group is cut in two only if it is larger than the budget by itself, and then
+    between responses; a single response larger than it makes a micro-batch alone.
+    """
+    prefix = common_prefix([g["prompt"] for g in groups]) if share_prompts else 0  # in each micro-batch, once
+    plan, room = [], 0
+    for g, group in enumerate(groups):
+        prompt = len(group["prompt"]) - prefix
+        whole = sum(map(len, group["responses"])) + prompt * (1 if share_prompts else len(group["responses"]))
+        fits = whole <= tokens_per_micro_batch - prefix
+        for r, response in enumerate(group["responses"]):
+            joins = share_prompts and r > 0
+            need = whole if fits and r == 0 else len(response) + (0 if joins else prompt)
+            if not plan or need > room:
+                joins = False
+                plan.append([])
+                room = tokens_per_micro_batch - prefix
+            if joins:
+                plan[-1][-1][1].append(r)
+            else:
+                plan[-1].append((g, [r]))
+            room -= len(response) + (0 if joins else prompt)
+    return plan
+
+
+def splits_groups(plan):
+    """True if a group of this plan has responses in more than one micro-batch."""
+    seen = [g for trees in plan for g in {g for g, _ in trees}]
+    return len(seen) != len(set(seen))
+
+
+def common_prefix(prompts):
+    """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
+    if len(prompts) < 2:
+        return 0
+    shortest = min(map(len, prompts)) - 1
+    same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
+    return shortest if same.all() else int(same.argmin())
+
+
+SDPA_TOKENS = 256  # trees shorter than this share a call of SDPA: fewer calls for a little more work
+
+
+def pack(groups, trees, start, device, share_prompts=True):
+    """Pack one micro-batch of a plan. start: flat index of its first response token. See the layout above."""
+    prefix = common_prefix([groups[g]["prompt"] for g, _ in trees]) if share_prompts else 0
+    before = np.arange(prefix)
+    ids, positions, predicts, targets, kv, segments = [], [], [], [], [], []
+    spans = []
+    span, parents = [], []  # of the tokens not in spans yet: number of their segment, and of the prompt before it
+    base = prefix
+    if prefix:
+        ids.append(groups[trees[0][0]]["prompt"][:prefix])
+        positions.append(before)
+        kv.append(before)
+        segments.append((prefix, prefix))
+        spans.append((0, prefix, None))
+    for tree, (g, responses) in enumerate(trees):
+        prompt = groups[g]["prompt"][prefix:]
+        size = len(prompt)
+        way = np.concatenate([before, base + np.arange(size)])  # where the whole prompt stands
+        ids.append(prompt)
+        positions.append(prefix + np.arange(size))
+        kv.append(way)
+        root = len(segments)
+        span.append(np.full(size, root))
+        parents.append(span[-1])
+        segments.append((size, len(way)))
+        at = base + size
+        for r in responses:
+            response = groups[g]["responses"][r]
+            n = len(response)
+            ids.append(response)
+            positions.append(len(way) + np.arange(n))
+            predicts.append(np.concatenate([[base + size - 1], np.arange(at, at + n - 1)]))
+            targets.append(response)
+            kv.append(np.concatenate([way, np.arange(at, at + n)]))
+            span.append(np.full(n, len(segments)))
+            parents.append(np.full(n, root))
+            segments.append((n, len(way) + n))
+            at += n
+        base = at
+        first = spans[-1][1] if spans else 0
+        if base - first < SDPA_TOKENS and tree + 1 < len(trees):
+            continue
+        mask = None
+        if prefix or len(span) > 2:  # own segment or its prompt, not the future; and all of the prefix
+            own, parent = (torch.from_numpy(np.concatenate(x)).to(device) for x in (span, parents))
+            mask = F.pad(((own[:, None] == own) | (parent[:, None] == own)).tril(), (prefix, 0), value=True)
+        spans.append((first, base, mask))
+        span, parents = [], []
+
+    def long(arrays):
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device, non_blocking=True)
+
+    def offsets(lengths):
+        return torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32).to(device, non_blocking=True)
+
+    count = sum(len(t) for t in targets)
+    return MicroBatch(
+        input_ids=long(ids)[None], position_ids=long(positions)[None], predicts=long(predicts), targets=long(targets),
+        span=slice(start, start + count), prefix=prefix, spans=spans, kv_index=long(kv),
+        cu_q=offsets([q for q, _ in segments]), cu_k=offsets([k for _, k in segments]),
+        max_q=max(q for q, _ in segments), max_k=max(k for _, k in segments))
+
+
+def pack_all(groups, plan, device, at_least=0, share_prompts=True):
+    """Micro-batches of a plan, with fillers (two tokens, empty span) up to `at_least`, so that all ranks run as many."""
+    batches, start = [], 0
+    for trees in plan:
+        batches.append(pack(groups, trees, start, device, share_prompts))
+        start = batches[-1].span.stop
+    filler = [{"prompt": np.zeros(1, dtype=np.int32), "responses": [np.zeros(1, dtype=np.int32)]}]
+    for _ in range(at_least - len(plan)):
+        batches.append(pack(filler, [(0, [0])], start, device))
+        batches[-1].span = slice(0, 0)
+    return batches
+
+
+def balance(groups, world_size):
+    """Deal groups to ranks so that each gets about as many tokens: a list of group indices per rank, ascending."""
+    sizes = [len(g["prompt"]) + sum(len(r) for r in g["responses"]) for g in groups]
+    load, share = [0] * world_size, [[] for _ in range(world_size)]
+    for g in sorted(range(len(groups)), key=lambda g: -sizes[g]):
+        rank = min(range(world_size), key=lambda r: (load[r], r))
+        load[rank] += sizes[g]
+        share[rank].append(g)
+    return [sorted(s) for s in share]
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """transformers' attention hook for a packed MicroBatch. query (1, H, T, D), key and value (1, H_kv, T, D).
+
+    flash-attn on CUDA: one varlen call in which each segment's queries meet the keys that lead to it and its own (its
+    causal mask is aligned to the last key). Otherwise SDPA, a tree or a few short ones at a time, so that no token pays for
+    all others.
+    """
+    if query.is_cuda and flash_attn_varlen_func is not None:
+        k, v = key[0].transpose(0, 1)[layout.kv_index], value[0].transpose(0, 1)[layout.kv_index]
+        out = flash_attn_varlen_func(query[0].transpose(0, 1), k, v, layout.cu_q, layout.cu_k, layout.max_q,
+                                     layout.max_k, softmax_scale=scaling, causal=True)  # (T, H, D)
+        return out[None], None
+    # split, not slices: the backward pass of a slice fills and adds a tensor of all T tokens, that of a split is one cat
+    lengths = [b - a for a, b, _ in layout.spans]
+    out = []
+    for (a, b, mask), q, k, v in zip(layout.spans, *(x.split(lengths, dim=2) for x in (query, key, value))):
+        if a == 0 and layout.prefix:
+            prefix = k, v
+        elif layout.prefix:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(prefix, (k, v)))
+        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                                  enable_gqa=True))
+    return torch.cat(out, dim=2).transpose(1, 2), None  # (1, T, H, D)
+
+
+AttentionInterface.register("packed", packed_attention)
+transformers_logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log-probabilities
+
+class HeadLogprob(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[target], the entropy and the logsumexp, `chunk` rows at a time, in float32.
+
+    Logits exist for one chunk only; the backward pass computes them again. Memory: chunk x V, and V x d for W's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, temperature, chunk, dtype):
+        h, w = h.to(dtype), weight.to(dtype)
+        logp = torch.empty(len(h), dtype=torch.promote_types(dtype, torch.float32), device=h.device)
+        lse, entropy = torch.empty_like(logp), torch.empty_like(logp)
+        for a in range(0, len(h), chunk):
+            rows = slice(a, a + chunk)
+            logits = (h[rows] @ w.T).to(logp.dtype).div_(temperature)  # (chunk, V)
+            lse[rows] = logits.logsumexp(-1)
+            logps = logits.sub_(lse[rows, None])
+            logp[rows] = logps.gather(-1, targets[rows, None])[:, 0]
+            entropy[rows] = -torch.linalg.vecdot(logps.exp(), logps)
+        ctx.save_for_backward(h, weight, targets, lse)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy, lse)
+        return logp, entropy, lse
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        h, weight, targets, lse = ctx.saved_tensors
+        w = weight.to(h.dtype)
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=lse.dtype)
+        for a in range(0, len(h), ctx.chunk):
+            rows = slice(a, a + ctx.chunk)
+            logits = (h[rows] @ w.T).to(lse.dtype).div_(ctx.temperature)
+            d = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])  # -grad * softmax
+            d.scatter_add_(-1, targets[rows, None], grad[rows, None])        # grad * (onehot - softmax)
+            d = d.div_(ctx.temperature).to(h.dtype)
+            dh[rows] = d @ w
+            dw.addmm_(d.T, h[rows]) if d.dtype == dw.dtype else dw.add_(d.T @ h[rows])
+        return dh, dw.to(weight.dtype), None, None, None, None
+
+
+class Policy(torch.nn.Module):
+    """A causal LM whose forward returns response log-probabilities: inside it, because DDP and FSDP2 hook the root's."""
+
+    def __init__(self, model, compute_dtype, head_chunk=512):
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype  # of matrix products; parameters keep their own
+        self.head_chunk = head_chunk        # rows of logits that exist at a time
+
+    def forward(self, batch, temperature, states=False):
+        """batch: MicroBatch. Returns (logp, entropy), each (N,): of the sampled tokens and of their distributions,
+        both at `temperature`; entropy carries no gradient. states: also the hidden states that predict the tokens,
+        (N, d), and logsumexp(logits / temperature), (N,), both detached: what advantages.influence needs."""
+        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16,
+                            enabled=self.compute_dtype == torch.bfloat16):
+            hidden = self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+                                           layout=batch).last_hidden_state[0]  # (T, d)
+        hidden = hidden[batch.predicts]  # (N, d)
+        head = self.model.get_output_embeddings().weight  # (V, d)
+        logp, entropy, lse = HeadLogprob.apply(hidden, head, batch.targets, temperature, self.head_chunk,
+                                               self.compute_dtype)
+        return (logp, entropy, hidden.detach(), lse) if states else (logp, entropy)
+
+
+def load_policy(path, compute_dtype, device, activation_checkpointing=False):
+    """Load a Hugging Face folder or hub id as a Policy with float32 parameters on `device`."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="packed")
+    for name in ("final_logit_softcapping", "sliding_window"):
+        if getattr(model.config, name, None) and getattr(model.config, "use_" + name, True):
+            raise ValueError(f"{path}: models with {name} are not supported by the packed forward pass")
+    if activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Policy(model.to(device), compute_dtype)
+
+
+def parallelize(policy, parallel):
+    """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, parameters sharded). Call the result like a Policy.
+
+    Gradients come out averaged over ranks, so a loss that is a sum over all ranks is to be multiplied by the world size.
+    """
+    if parallel == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(policy) if dist.get_world_size() > 1 else policy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = next(policy.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
+    for layer in policy.model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    return fully_shard(policy, mesh=mesh, mp_policy=mixed)
+
+
+def full(tensor):
+    """The whole tensor of an FSDP shard (all ranks call together), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: out_dir/step_000010/ is a Hugging Face folder, with the trainer's state beside the weights
+
+def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, keep):
+    """Write out_dir/step_NNNNNN aside and rename it, then delete all but the newest `keep`. All ranks call together.
+
+    state: JSON-able trainer state (step, data position); config: the resolved settings.
+    """
+    final = os.path.join(out_dir, f"step_{step:06d}")
+    weights = {name: full(p.detach()).cpu() for name, p in policy.model.named_parameters()}
+    moments = {i: {k: full(v).cpu() for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()}
+    if is_rank0():
+        tmp = final + ".tmp"
+        shutil.rmtree(tmp, ignore_errors=True)
+        policy.model.save_pretrained(tmp, state_dict=weights)
+        tokenizer.save_pretrained(tmp)
+        torch.save(moments, os.path.join(tmp, "optimizer.pt"))
+        save_config(config, os.path.join(tmp, "run_config.json"))
+        sizes = {name: os.path.getsize(os.path.join(tmp, name)) for name in sorted(os.listdir(tmp))}
+        save_config(dict(state, files=sizes), os.path.join(tmp, "trainer_state.json"))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(tmp, final)
+        for old in checkpoints(out_dir)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(out_dir):
+    """Checkpoint folders of a run, newest first, whole or not."""
+    return sorted(glob.glob(os.path.join(glob.escape(out_dir), "step_" + "[0-9]" * 6)), reverse=True)
+
+
+def check_checkpoint(path):
+    """Raise unless every file that was saved is there, as long as it was, and can be opened."""
+    from safetensors import safe_open
+
+    with open(os.path.join(path, "trainer_state.json")) as f:
+        state = json.load(f)
+    for name, size in state["files"].items():
+        file = os.path.join(path, name)
+        if os.path.getsize(file) != size:
+            raise ValueError(f"{name} has {os.path.getsize(file)} bytes, not {size}")
+        if name.endswith(".json"):
+            with open(file) as f:
+                json.load(f)
+        elif name.endswith(".safetensors"):
+            with safe_open(file, "pt") as f:
+                f.keys()
+        elif name.endswith(".pt") and zipfile.ZipFile(file).testzip():
+            raise ValueError(f"{name} is damaged")
+    return state
+
+
+def newest_checkpoint(out_dir):
+    """(folder, trainer state) of the newest whole checkpoint of a run, or None. Broken ones are passed over, aloud."""
+    for path in checkpoints(out_dir):
+        try:
+            return path, check_checkpoint(path)
+        except Exception as e:  # whatever is wrong with it, an older one may be whole
+            print0(f"warning: {path} is not a whole checkpoint ({e}); looking for an older one")
+    return None
+
+
+def load_optimizer(path, optimizer):
+    """Restore optimizer state saved by save_checkpoint, sharded like the parameters if they are."""
+    moments = torch.load(os.path.join(path, "optimizer.pt"), map_location="cpu", weights_only=True, mmap=True)
+    state = optimizer.state_dict()
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    for i, saved in moments.items():
+        p = params[i]
+        state["state"][i] = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
+                             if isinstance(p, DTensor) and v.shape == p.shape and v.dim() else v
+                             for k, v in saved.items()}
+    optimizer.load_state_dict(state)
+
+
+def convert_gguf(package, file, out_dir):
+    """Turn a GGUF file inside an installed Python package into an ordinary Hugging Face folder, in float32, once."""
+    import importlib.util
+
+    from transformers import AutoTokenizer, GgufConfig
+
+    if os.path.exists(os.path.join(out_dir, "config.json")):
+        return
+    source = importlib.util.find_spec(package).submodule_search_locations[0]
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    tmp = out_dir + ".tmp"
+    model.save_pretrained(tmp)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(tmp)
+    os.rename(tmp, out_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run's folder, its picture, and what its GPU could do
+
+def open_run(out_dir, resumed_step=None):
+    """Make the run folder. Files of an earlier run are moved to out_dir/old_N/; on a resume, rows that the resumed run
+    will write again leave metrics.jsonl and samples.jsonl, the files as they were are kept in old_N/ too. Rank 0."""
+    ours = ("metrics.jsonl", "samples.jsonl", "curves.png", "run_config.json", "tensorboard", "step_" + "[0-9]" * 6)
+    there = [p for name in ours for p in glob.glob(os.path.join(glob.escape(out_dir), name))]
+    old = next(p for i in range(1, 10**6) if not os.path.exists(p := os.path.join(out_dir, f"old_{i}")))
+    if resumed_step is None and there:
+        os.makedirs(old)
+        for path in there:
+            os.rename(path, os.path.join(old, os.path.basename(path)))
+        print0(f"{out_dir} held a run; it is now in {old}")
+    os.makedirs(out_dir, exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = os.path.join(out_dir, name)
+        if resumed_step is None or not os.path.exists(path):
+            continue
+        kept, dropped = [], 0
+        with open(path) as f:
+            for line in f:
+                try:
+                    row = json.loads(line)
+                    stays = row["step"] < resumed_step or row["step"] == resumed_step and "eval/accuracy" not in row
+                except ValueError:  # cut off in the middle of a line
+                    stays = False
+                kept += [line] if stays else []
+                dropped += not stays
+        if dropped:
+            os.makedirs(old, exist_ok=True)
+            shutil.copy(path, old)
+            with open(path + ".tmp", "w") as f:
+                f.writelines(kept)
+            os.replace(path + ".tmp", path)
+
+
+def read_metrics(out_dir):
+    """Rows of a run's metrics.jsonl."""
+    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def plot_curves(out_dir):
+    """Draw a run's metrics.jsonl as curves.png: accuracy, length and entropy, loss and gradient norm, seconds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(out_dir)
+    panels = [
+        ("accuracy", [("eval/accuracy", "greedy, held out"), ("reward/accuracy", "sampled, training prompts"),
+                      ("rollout/truncated", "truncated")]),
+        ("tokens a response; entropy (nats a token)", [("rollout/mean_length", "length"), ("train/entropy", "entropy")]),
+        ("gradient norm; clipped share", [("train/grad_norm", "gradient norm"), ("train/clip_fraction", "clipped")]),
+        ("seconds a step", [(f"time/{p}", p) for p in ("step", "rollout", "old_logp", "ref_logp", "update", "sync")]),
+    ]
+    fig, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    for ax, (title, lines) in zip(axes.flat, panels):
+        for key, label in lines:
+            points = [(r["step"], r[key]) for r in rows if key in r]
+            if points:
+                ax.plot(*zip(*points), marker="o" if key.startswith("eval/") else None, label=label)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.savefig(os.path.join(out_dir, "curves.tmp.png"), dpi=110)
+    plt.close(fig)
+    os.replace(os.path.join(out_dir, "curves.tmp.png"), os.path.join(out_dir, "curves.png"))
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+              "4090": 165e12}  # dense bf16, the vendors' figures
+
+
+def mfu(model, tokens, seconds):
+    """Model FLOPs utilisation of one GPU: 6 FLOPs a parameter and packed token, attention's own not counted, over the
+    card's bf16 peak; nan for a card not in PEAK_FLOPS. tokens: packed tokens of this rank's updates."""
+    name = torch.cuda.get_device_name()
+    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), float("nan"))
+    return 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds / peak

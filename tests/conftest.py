@@ -1,0 +1,37 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+sys.path.insert(0, str(ROOT))
+
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB an engine, of which two ranks and this process have one each
+import rollout  # noqa: E402, F401  sets torch's threads, so before any test imports torch
+
+
+@pytest.fixture(scope="session")
+def model_dir():
+    """The real pretrained model that the Makefile converts; there is no stand-in for it."""
+    assert (MODEL / "config.json").exists(), "run `make test`: it sets the model up"
+    return str(MODEL)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run("train.py", "--x=1", ranks=2): the script as a user starts it, from the repository's root."""
+    def run(script, *args, ranks=0, check=True, **env):
+        launcher = [sys.executable]
+        if ranks:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS",
+                                                                  "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")}
+        done = subprocess.run(launcher + [script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                              env=clean | env)
+        if check:
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return done
+    return run

@@ -1,0 +1,96 @@
+import pytest
+
+from configurator import configure
+
+
+def settings():
+    return dict(steps=10, rate=1e-3, name="x", flag=False, on=True, betas=(0.9, 0.95), limit=None, _private=1,
+                __doc__="a script")
+
+
+def conf(*argv):
+    return configure(settings(), argv)
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as e:
+        conf(*argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("argv, key, value", [
+    (["--rate=1"], "rate", 1.0),
+    (["--rate", "-2e-5"], "rate", -2e-5),
+    (["--rate=-inf"], "rate", float("-inf")),
+    (["--steps=-3"], "steps", -3),
+    (["--steps", "-3"], "steps", -3),
+    (["--name=a=b=c"], "name", "a=b=c"),
+    (["--name=2024"], "name", "2024"),
+    (["--name="], "name", ""),
+    (["--name=None"], "name", None),
+    (["--name='None'"], "name", "None"),
+    (["--name", "true"], "name", "true"),
+    (["--flag"], "flag", True),
+    (["--flag", "--flag"], "flag", True),
+    (["--flag", "false"], "flag", False),
+    (["--on=False"], "on", False),
+    (["--betas=(0.5, 0.6)"], "betas", (0.5, 0.6)),
+    (["--betas=[1,2,3]"], "betas", (1, 2, 3)),
+    (["--betas=()"], "betas", ()),
+    (["--limit=7"], "limit", 7),
+    (["--limit=some text"], "limit", "some text"),
+    (["--limit=None"], "limit", None),
+    (["--steps=1", "--steps=2"], "steps", 2),
+])
+def test_flags(argv, key, value):
+    got = conf(*argv)
+    assert got[key] == value and type(got[key]) is type(value)
+    assert {k: v for k, v in got.items() if k != key} == {k: v for k, v in settings().items()
+                                                          if k not in (key, "_private", "__doc__")}
+
+
+def test_globals_are_overridden_in_place():
+    g = settings()
+    configure(g, ["--steps=3"])
+    assert g["steps"] == 3 and g["_private"] == 1
+
+
+def test_files_apply_in_order_and_flags_last(tmp_path):
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text("import math\nsteps = 5\nrate = 1\nbetas = [0.1, 0.2]\nlimit = int(math.pi)\n")
+    b.write_text("_half = steps // 2\nfor _i in range(2):\n    pass\ndef helper():\n    pass\nsteps = steps + _half\n")
+    got = conf(str(a), "--name=n", str(b), "--rate=0.5")
+    assert (got["steps"], got["rate"], got["betas"], got["limit"], got["name"]) == (7, 0.5, (0.1, 0.2), 3, "n")
+    assert conf("--steps=1", str(a))["steps"] == 1  # a flag wins wherever it stands
+
+
+def test_refusals(tmp_path, capsys):
+    assert "'stepz'" in (err := refused(capsys, "--stepz=3")) and "'steps'" in err
+    assert "steps must be int, got 1.5" in refused(capsys, "--steps=1.5")
+    assert "steps must be int, got True" in refused(capsys, "--steps=True")
+    assert "flag must be bool" in refused(capsys, "--flag=1")
+    assert "rate must be float, got 'fast'" in refused(capsys, "--rate=fast")
+    assert "--steps needs a value" in refused(capsys, "--steps")
+    assert "nowhere.py" in refused(capsys, str(tmp_path / "nowhere.py"))
+    for text, line, word in (("steps = 3\nlearning = 1\n", 2, "'learning'"), ("steps = (\n", 1, "never closed"),
+                             ("\nsteps = 'many'\n", 2, "steps must be int"), ("\n\nx = 1 / 0\n", 3, "ZeroDivisionError")):
+        (tmp_path / "bad.py").write_text(text)
+        err = refused(capsys, str(tmp_path / "bad.py"))
+        assert f"bad.py, line {line}" in err and word in err
+
+
+def test_only_rank_0_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    conf("--steps=3")
+    with pytest.raises(SystemExit):
+        conf("--stepz=3")
+    out, err = capsys.readouterr()
+    assert out == err == ""
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as e:
+        conf("--help")
+    assert e.value.code == 0 and "--rate=0.001" in capsys.readouterr().out

@@ -1,0 +1,148 @@
+"""Data, prompts and the grader by themselves; the engine as real vLLM with the real model."""
+import gc
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import rollout
+from model_utils import load_policy, pack_all, plan_micro_batches, setup_distributed
+
+
+@pytest.mark.parametrize("text, answer, right", [
+    ("23 + 45 = 68. The answer is \\boxed{68}.", "68", True),
+    ("\\boxed{67}, no, \\boxed{68}", "68", True),        # the last box counts
+    ("\\boxed{68}, no, \\boxed{67}", "68", False),
+    ("The answer is 68.", "68", False),                  # no box
+    ("\\boxed{68", "68", False),                         # a box that never closes
+    ("\\boxed{\\frac{1}{2}}", "1/2", True),
+    ("\\boxed{-\\dfrac{3}{6}}", "-\\frac{1}{2}", True),
+    ("\\boxed{0.50}", "\\frac12", False),                # a spelling this grader does not read
+    ("\\boxed{ 1,234 }", "1234", True),
+    ("\\boxed{068}", "68", True),
+    ("\\boxed{68.0}", "68", True),
+    ("\\boxed{(1, 2)}", "\\left(1,2\\right)", True),
+    ("\\boxed{(2, 1)}", "(1,2)", False),
+    ("\\boxed{}", "68", False),
+    ("\\boxed{1/0}", "68", False),
+    ("\\boxed{" * 10000 + "}" * 9999, "68", False),
+    ("\\boxed{" + "9" * 100000 + "}", "68", False),
+    ("\\boxed{\x00}", "68", False),
+])
+def test_grade(text, answer, right):
+    assert rollout.grade(text, answer) == right
+
+
+def test_arithmetic_is_right_and_held_out_problems_are_unseen():
+    train, test = rollout.load_problems("arithmetic", "train"), rollout.load_problems("arithmetic", "test")
+    assert len(test) == 128 and len(train) > 8000
+    for row in train + test:
+        a, op, b = row["problem"].split()
+        assert int(row["answer"]) == (int(a) + int(b) if op == "+" else int(a) - int(b)) and 10 <= int(b) <= 99
+    key = lambda row: (row["problem"].split()[1], frozenset(row["problem"].split()[::2]))
+    assert not {key(r) for r in train} & {key(r) for r in test}
+
+
+def test_data_index_visits_every_row_once_an_epoch():
+    epochs = [[rollout.data_index(e * 10 + i, 10, seed=3) for i in range(10)] for e in range(3)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
+    assert rollout.data_index(13, 10, seed=3) == epochs[1][3]  # any position, in any order: a resume starts anywhere
+
+
+def test_prompts_with_and_without_a_chat_template(model_dir, capsys):
+    tok = AutoTokenizer.from_pretrained(model_dir)
+    rows = [{"problem": "12 + 34", "answer": "46"}]
+    ids = rollout.encode_prompts(tok, rows, "some.jsonl")[0]
+    assert tok.decode(ids) == (f"<|im_start|>system\n{rollout.BOXED_INSTRUCTION}<|im_end|>\n<|im_start|>user\n12 + 34"
+                               "<|im_end|>\n<|im_start|>assistant\n")
+    text = tok.decode(rollout.encode_prompts(tok, rows, "arithmetic", system_prompt="Be brief.")[0])
+    assert "Be brief." in text and text.count("\\boxed{") == 2
+    tok.chat_template = None
+    plain = tok.decode(rollout.encode_prompts(tok, rows, "x.jsonl", system_prompt="", few_shot=(("1 + 1", "2"),))[0])
+    assert plain == "Question: 1 + 1\n\nAnswer: 2\n\nQuestion: 12 + 34\n\nAnswer:"
+    assert "no chat template" in capsys.readouterr().out
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(model_dir):
+    setup_distributed()
+    tok, _ = rollout.load_tokenizer(model_dir)
+    rows = rollout.load_problems("arithmetic", "train")[:6]
+    prompts = rollout.encode_prompts(tok, rows, "arithmetic")
+    engine = rollout.build_engine(model_dir, 160, 0, "float32")
+    yield engine, tok, rows, prompts, load_policy(model_dir, torch.float32, torch.device("cpu"))
+    del engine
+    gc.collect()  # its memory is wanted by the runs of test_train.py
+
+
+def sample(world, n=4, temperature=0.8, length=24):
+    engine, tok, rows, prompts, _ = world
+    torch.manual_seed(1)
+    return rollout.generate(engine, tok, rows, prompts, n=n, temperature=temperature, max_response_tokens=length)
+
+
+def gap(world, groups, temperature):
+    policy = world[-1]
+    with torch.no_grad():
+        logp = torch.cat([policy(b, temperature)[0] for b in pack_all(groups, plan_micro_batches(groups, 500), "cpu")])
+    return (logp - torch.from_numpy(np.concatenate([l for g in groups for l in g["logprobs"]]))).abs().max().item()
+
+
+def test_groups_line_up_with_the_trainer(world):
+    groups = sample(world)
+    again = sample(world)
+    eos = world[1].eos_token_id
+    for g, a in zip(groups, again):
+        assert len(g["responses"]) == len(g["logprobs"]) == len(g["texts"]) == 4
+        for r, l, cut, text, same in zip(g["responses"], g["logprobs"], g["truncated"], g["texts"], a["responses"]):
+            assert len(r) == len(l) <= 24 and r.tolist() == same.tolist()
+            assert (r[-1] == eos) != cut  # a finished response ends with the end-of-sequence token, a cut one does not
+            assert text == world[1].decode(r, skip_special_tokens=True)
+        assert all(x == (0 if cut else rollout.grade(t, g["answer"]))
+                   for x, cut, t in zip(g["rewards"], g["truncated"], g["texts"]))
+    assert not all(g["truncated"].all() for g in groups)
+    assert gap(world, groups, 0.8) < 1e-3
+    assert gap(world, groups, 1.0) > 1e-2  # the temperature is in vLLM's log-probabilities
+    cut = sample(world, n=2, length=3)
+    assert all(g["truncated"].all() and not g["rewards"].any() and len(g["responses"][0]) == 3 for g in cut)
+
+
+def test_weight_sync(world):
+    """Perturb every weight, push, and vLLM's log-probabilities are the trainer's again: the tied head's too."""
+    engine, _, _, _, policy = world
+    saved = {n: p.detach().clone() for n, p in policy.named_parameters()}
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.02 * p.std() * torch.randn(p.shape, generator=g) if p.dim() > 1 else 0.02 * p.mean())
+    stale = sample(world)
+    assert gap(world, stale, 0.8) > 1e-2
+    for _ in range(2):
+        rollout.sync_weights(engine, policy.model)
+        assert gap(world, sample(world), 0.8) < 1e-3
+    with torch.no_grad():
+        for n, p in policy.named_parameters():
+            p.copy_(saved[n])
+    rollout.sync_weights(engine, policy.model)
+    assert gap(world, stale, 0.8) < 1e-3  # those were sampled before the first push
+
+
+def test_dynamic_sampling_accepts_in_order(world):
+    engine, tok, rows, prompts, _ = world
+    args = dict(n=4, temperature=1.0, max_response_tokens=24)
+
+    def batch(**kw):
+        torch.manual_seed(5)
+        return rollout.sample_batch(engine, tok, rows, prompts, 0, 0, **args, **kw)
+
+    groups, sampled, position = batch(prompts_per_step=2, oversample=1.5, max_rounds=3, keep_all=False)
+    mixed = [g for g in sampled[:position] if 0 < g["rewards"].mean() < 1]
+    assert [id(g) for g in groups] == [id(g) for g in mixed[:2]] and len(groups) <= 2
+    assert [g["problem"] for g in sampled[:3]] == [rows[rollout.data_index(i, 6, 0)]["problem"] for i in range(3)]
+    groups, sampled, position = batch(prompts_per_step=5, oversample=1.0, max_rounds=3, keep_all=True)
+    assert len(groups) == len(sampled) == position == 5
+    groups, sampled, position = batch(prompts_per_step=7, oversample=1.0, max_rounds=1, keep_all=False)
+    assert position == len(sampled) == 7 and len(groups) < 7  # the limit: what there is

@@ -1,0 +1,177 @@
+"""train.py and eval.py as users run them: whole runs, resumed runs, two ranks, and every kind of bad input."""
+import json
+import shutil
+
+import pytest
+import torch
+
+SMALL = ("config/quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1", "--group_size=4",
+         "--eval_problems=8", "--oversample=4", "--max_rounds=2", "--tokens_per_micro_batch=200", "--variant=grpo")
+
+
+def rows(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def figures(path):
+    """Metrics less what a clock or the memory of a process decides."""
+    return [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))} for r in rows(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A run of three steps, checkpointed every step."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = run("train.py", *SMALL, f"--out_dir={out}", "--max_steps=3", "--eval_every=1", "--keep_ckpts=3")
+    return out, done
+
+
+def test_a_run_leaves_what_it_promises(whole, run):
+    out, done = whole
+    metrics = rows(out / "metrics.jsonl")
+    assert [r["step"] for r in metrics if "eval/accuracy" in r] == [0, 1, 2, 3]
+    steps = [r for r in metrics if "train/loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for key in ("reward/mean", "reward/accuracy", "rollout/groups_sampled", "rollout/groups_kept",
+                "rollout/response_tokens", "rollout/mean_length", "rollout/truncated", "train/entropy", "train/loss",
+                "train/grad_norm", "train/clip_fraction", "train/kl", "gap/mean", "gap/max", "time/rollout",
+                "time/old_logp", "time/update", "time/sync", "time/step", "perf/rollout_tok_s", "perf/train_tok_s",
+                "perf/peak_memory_gib"):
+        assert all(key in r for r in steps), key
+    assert all(r["gap/max"] < 1e-2 for r in steps)  # every step samples from the weights the step before left
+    assert any(r["train/grad_norm"] > 0 for r in steps)
+    two = [r for r in steps if r["train/updates"] == 2]  # the first update moves the correct responses of the second
+    assert two and all(abs(r["displacement/mean"]) > 1e-5 and 0 <= r["displacement/fell"] <= 1 for r in two)
+    assert not any("displacement/mean" in r for r in steps if r["train/updates"] < 2)
+    samples = rows(out / "samples.jsonl")
+    assert {"prompt", "response", "reward", "advantage", "step"} <= samples[0].keys()
+    assert all((s["advantage"] > 0) == (s["reward"] == 1) for s in samples)
+    assert (out / "curves.png").stat().st_size > 10_000 and (out / "tensorboard").is_dir()
+    assert json.load(open(out / "run_config.json"))["prompts_per_step"] == 2
+    assert sorted(p.name for p in out.glob("step_*")) == ["step_000001", "step_000002", "step_000003"]
+    # plain transformers reads the checkpoint; it is not the model that training started from
+    from transformers import AutoModelForCausalLM
+    first, last = (AutoModelForCausalLM.from_pretrained(out / f"step_00000{i}").state_dict() for i in (1, 3))
+    assert any(not torch.equal(first[k], last[k]) for k in first) == any(r["train/updates"] for r in steps[1:])
+
+
+def test_eval_of_a_run_gives_the_accuracy_of_its_last_evaluation(whole, run):
+    out, _ = whole
+    done = run("eval.py", "--ckpt", out)
+    result = rows(out / "eval_arithmetic_n1_t0.jsonl")
+    last = [r for r in rows(out / "metrics.jsonl") if "eval/accuracy" in r][-1]
+    assert result[0]["accuracy"] == last["eval/accuracy"] and result[0]["problems"] == len(result) - 1 == 8
+    assert f"accuracy {last['eval/accuracy']:.1%}" in done.stdout
+    data = out.parent / "two.jsonl"
+    data.write_text('{"problem": "11 + 11", "answer": "22"}\n\n{"problem": "12 + 11", "answer": 23}\n')
+    run("eval.py", f"--ckpt={out / 'step_000002'}", f"--data={data}", "--n=3", "--temperature=1.0",
+        f"--output={out.parent / 'sub' / 'two_out.jsonl'}")
+    result = rows(out.parent / "sub" / "two_out.jsonl")
+    assert len(result) == 7 and result[0]["responses"] == 6
+    assert result[0]["accuracy"] == pytest.approx(sum(r["correct"] for r in result[1:]) / 6)
+
+
+def test_resume_gives_the_same_metrics(whole, run):
+    """Killed after the checkpoint of step 1, in the middle of the next step's row: the rest comes out the same."""
+    out, _ = whole
+    at, cut = 1, out.parent / "cut"
+    shutil.copytree(out, cut, ignore=lambda d, names: [n for n in names if n.startswith("step_") and int(n[5:]) > at
+                                                       or n in ("curves.png", "tensorboard")])
+    lines = open(cut / "metrics.jsonl").readlines()
+    keep = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == at + 1)
+    (cut / "metrics.jsonl").write_text("".join(lines[:keep]) + lines[keep][:20])
+    (cut / f"step_00000{at + 1}.tmp").mkdir()
+    run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=3", "--eval_every=1", "--keep_ckpts=3", "--resume")
+    assert figures(cut / "metrics.jsonl") == figures(out / "metrics.jsonl")
+    assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks(run, tmp_path, parallel):
+    """One engine a rank; a checkpoint written by two FSDP ranks is resumed by two."""
+    args = ("train.py", *SMALL, f"--out_dir={tmp_path}", f"--parallel={parallel}", "--eval_every=0", "--variant=nthr")
+    if parallel == "fsdp":
+        run(*args, "--max_steps=1", ranks=2)
+        run(*args, "--max_steps=2", "--resume", ranks=2)
+    else:
+        run(*args, "--max_steps=2", "--kl_coef=0.01", ranks=2)
+    steps = [r for r in rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert [r["step"] for r in steps] == [1, 2] and all(r["gap/max"] < 1e-2 for r in steps)
+    assert any(r["train/grad_norm"] > 0 for r in steps)
+    # nothing of the wrapping is in the names
+    from safetensors import safe_open
+    with safe_open(tmp_path / "step_000002" / "model.safetensors", "pt") as f:
+        assert "model.layers.0.mlp.up_proj.weight" in f.keys()
+
+
+def test_a_step_does_not_depend_on_the_micro_batches(run, tmp_path):
+    """NTHR with whole groups, scored from the training forward, and with groups cut in two, scored in a pass before."""
+    steps = []
+    for budget in (10_000, 150):
+        out = tmp_path / str(budget)
+        run("train.py", *SMALL, "--variant=nthr", "--prompts_per_update=2", f"--tokens_per_micro_batch={budget}",
+            f"--out_dir={out}", "--eval_every=0", "--max_steps=1")
+        steps.append(next(r for r in rows(out / "metrics.jsonl") if "train/loss" in r))
+    whole, cut = steps
+    assert whole["rollout/groups_kept"] > 0 and whole["nthr/eta"] > 0
+    for key in ("train/loss", "train/grad_norm", "train/entropy", "gap/mean", "nthr/selected", "nthr/tau", "nthr/eta",
+                "nthr/s_selected", "nthr/s_others"):
+        assert cut[key] == pytest.approx(whole[key], rel=2e-2, abs=1e-5), key
+
+
+def test_gradients_are_the_same_on_one_rank_and_two(run, tmp_path):
+    """tests/gradients.py prints the gradient norm and checksums of one update: plain, DDP and FSDP2 agree."""
+    runs = [run("tests/gradients.py"), run("tests/gradients.py", "--micro=1000"),
+            run("tests/gradients.py", ranks=2), run("tests/gradients.py", "--parallel=fsdp", ranks=2)]
+    want, *others = [[float(x) for x in r.stdout.split("GRADIENTS")[1].split()] for r in runs]
+    assert want[0] > 0 and len(want) > 3
+    for got in others:
+        assert got == pytest.approx(want, rel=2e-3)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir):
+    good = '{"problem": "1 + 1", "answer": "2"}\n'
+    long = json.dumps({"problem": "1 + " * 9000, "answer": "2"}) + "\n"
+    cases = [
+        (["--lerning_rate=1"], "'learning_rate'"),
+        (["--max_steps=ten"], "max_steps must be int"),
+        (["config/nowhere.py"], "config/nowhere.py"),
+        ([write(tmp_path / "syntax.py", "max_steps = 1\nx = = 2\n")], "syntax.py, line 2"),
+        ([write(tmp_path / "typo.py", "max_steps = 1\nmaks_steps = 2\n")], "typo.py, line 2: unknown key 'maks_steps'"),
+        (["--dataset=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--eval_dataset=nowhere.jsonl"], "eval_dataset"),
+        ([f"--dataset={write(tmp_path / 'empty.jsonl', '')}"], "has no rows"),
+        ([f"--dataset={write(tmp_path / 'json.jsonl', good + '{')}"], "json.jsonl, line 2"),
+        ([f"--dataset={write(tmp_path / 'list.jsonl', good + good + '[1]')}"], "list.jsonl, line 3"),
+        ([f"--dataset={write(tmp_path / 'row.jsonl', good + chr(10) + json.dumps({'problem': 'x'}))}"],
+         "row.jsonl, line 3: 'answer' is missing"),
+        ([f"--dataset={write(tmp_path / 'type.jsonl', json.dumps({'problem': 3, 'answer': '3'}))}"], "line 1: 'problem'"),
+        ([f"--dataset={write(tmp_path / 'long.jsonl', good + long)}"], "problem 2"),
+        (["--model=models/nowhere"], "models/nowhere"),
+        ([f"--model={tmp_path}"], "config.json"),
+        (["--prompts_per_step=8", "--prompts_per_update=3"], "prompts_per_update"),
+        (["--group_size=1"], "group_size"),
+        (["--variant=gpro"], "variant"),
+        (["--parallel=tp"], "parallel"),
+        (["--temperature=0"], "temperature"),
+        (["--max_response_tokens=100000"], "context"),
+        (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
+        ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
+    ]
+    from concurrent.futures import ThreadPoolExecutor
+    pool = ThreadPoolExecutor(2)
+    refused = pool.map(lambda case: run("train.py", f"--model={model_dir}", *case[0], check=False), cases)
+    for (args, words), done in zip(cases, refused):
+        assert done.returncode == 2, (args, done.stdout, done.stderr)
+        assert words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+        assert done.stderr.count("error: ") == 1 and "Loading" not in done.stderr
+    for args, words in [(["--ckpt=models/nowhere"], "models/nowhere"), ([f"--ckpt={tmp_path}"], "step_*"),
+                        ([f"--ckpt={model_dir}", "--data=nowhere"], "nowhere"), (["--n=0"], "n: 0"),
+                        (["--n=4"], "temperature"), (["--chkpt=x"], "'ckpt'")]:
+        done = run("eval.py", *args, check=False)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)

@@ -1,0 +1,423 @@
+"""GRPO and its variants, from prompts to synced weights, in one file that reads top to bottom.
+
+    python train.py config/quickstart.py                            one rank: a GPU, or a CPU
+    torchrun --nproc_per_node=4 train.py config/nthr_math.py        four GPUs (or, small, CPU processes)
+    python train.py config/quickstart.py --variant=pos_only --resume
+
+A step: sample groups of responses through vLLM, grade them, keep the groups with both outcomes, take one or more updates
+on them, push the weights to vLLM. Settings are the globals below; config files and flags override them (configurator.py).
+"""
+import contextlib
+import json
+import math
+import os
+import resource
+import time
+
+from configurator import configure, die, is_rank0, print0, save_config
+
+# model and data
+model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
+dataset = "arithmetic"        # a built-in set (rollout.DATASETS) or a JSON Lines file with `problem` and `answer`
+eval_dataset = None           # the same for evaluation; None: the built-in set's held-out problems, or for a file none
+eval_problems = 128           # problems an evaluation uses at most, the first ones
+system_prompt = None          # str; None: the data set's own (a file: "Please reason step by step, ...\boxed{}.")
+few_shot = None               # ((question, answer), ...) as earlier chat turns; None: the data set's own
+out_dir = "out/run"           # metrics.jsonl, samples.jsonl, curves.png, step_*/ go here
+seed = 0                      # of data order, sampling and everything else
+resume = False                # go on from the newest whole checkpoint in out_dir
+# rollout
+group_size = 8                # responses a prompt (G)
+temperature = 1.0             # of sampling, and of the log-probabilities trained on
+max_response_tokens = 512     # tokens; a response cut off here is incorrect
+prompts_per_step = 32         # prompts (groups) trained on in a step, all ranks together
+dynamic_sampling = True       # drop groups that are all correct or all incorrect and sample more
+oversample = 1.0              # prompts sampled in a round / prompts still missing
+max_rounds = 8                # rounds of sampling a step at most; then train on what there is
+rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
+gpu_memory_utilization = 0.5  # share of each GPU that vLLM takes (CUDA)
+max_num_seqs = 256            # sequences a vLLM engine runs at once
+sleep_level = 1               # while training, vLLM's weights: 1 to host memory, 2 dropped, 0 stay on the GPU (CUDA)
+# variant and loss
+variant = "grpo"              # "grpo", "pos_only", "random" or "nthr": advantages.token_advantages
+nthr_beta = 1.0               # NTHR and Random: tau = nthr_beta x the lowest mean score of a correct response; -inf: all
+nthr_eta = None               # what NTHR leaves of a selected token's advantage: None is the paper's "2|0.5-p|"; "p", "1-p",
+                              # or a number; p is the group's success rate
+nthr_vocab = "response"       # scores over the tokens of the group's responses, or "full": over the whole vocabulary
+advantage_norm = "std"        # (r - mean) / std, or "mean": r - mean (Dr.GRPO)
+loss_norm = "group"           # "group" (eq. 1), "token" (DAPO) or "constant" (Dr.GRPO): advantages.token_weights
+pos_weight = 1.0              # times the advantages of correct responses
+neg_weight = 1.0              # times those of incorrect ones
+clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+clip_high = 0.2               # 0.28: clip-higher (DAPO)
+kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded (the NTHR paper: 1e-4)
+# optimization
+max_steps = 100               # steps in all, those before a resume included
+prompts_per_update = 32       # prompts a gradient update uses, all ranks; prompts_per_step / this = updates a step
+tokens_per_micro_batch = 8192  # packed tokens (prompts and responses) in one forward pass of one rank
+share_prompts = True          # compute a group's prompt, and what all prompts begin with, once a micro-batch
+learning_rate = 1e-6          # of AdamW, constant after warm-up
+warmup_steps = 0              # steps over which it rises linearly
+decay_steps = 0               # steps over which it falls linearly to 0, counted from the first; 0: it does not
+weight_decay = 0.0
+adam_betas = (0.9, 0.999)
+grad_clip = 1.0               # largest global gradient norm; 0: no clipping
+parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
+compute_dtype = "auto"        # of the trainer's matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
+activation_checkpointing = False  # compute activations again in the backward pass
+# watching and saving
+eval_every = 10               # steps; greedy accuracy on the evaluation problems, also at step 0 and the last; 0: never
+ckpt_every = 0                # steps between checkpoints; 0: before every evaluation. There is always one at the end
+keep_ckpts = 2                # newest checkpoints kept
+samples_per_step = 16         # responses a step written to samples.jsonl
+wandb_project = None          # log to Weights & Biases under this project
+
+config = configure(globals())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refuse bad input before anything large is loaded
+
+from rollout import (DATASETS, accuracy, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems,
+                     load_tokenizer, sample_batch, sleep_engine, sync_weights)  # before torch: it sets its threads
+
+DTYPES = ("auto", "float32", "bfloat16")
+world_size = int(os.environ.get("WORLD_SIZE", "1"))
+VARIANTS = ("grpo", "pos_only", "random", "nthr")
+ETAS = ("2|0.5-p|", "p", "1-p")
+if variant == "dagrpo":
+    die("variant: dagrpo's masks need a judge's scores (advantages.dagrpo_masks), which train.py cannot make yet")
+for key, known in (("variant", VARIANTS), ("parallel", ("ddp", "fsdp")), ("nthr_vocab", ("response", "full")),
+                   ("advantage_norm", ("std", "mean")), ("loss_norm", ("group", "token", "constant")),
+                   ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES)):
+    if config[key] not in known:
+        die(f"{key}: {config[key]!r} is none of {', '.join(known)}")
+eta = "2|0.5-p|" if nthr_eta is None else nthr_eta
+if eta not in ETAS and (isinstance(eta, bool) or not isinstance(eta, (int, float))):
+    die(f"nthr_eta: {eta!r} is neither a number nor one of {', '.join(ETAS)}")
+if math.isnan(nthr_beta) or nthr_beta == math.inf:
+    die(f"nthr_beta: {nthr_beta} is neither a number nor -inf")
+if group_size < 2:
+    die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
+for key in ("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "max_rounds", "oversample",
+            "temperature", "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs"):
+    if not config[key] > 0 or (key == "oversample" and oversample < 1):
+        die(f"{key}: {config[key]} is too small")
+for key in ("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
+            "weight_decay", "samples_per_step", "seed"):
+    if config[key] < 0:
+        die(f"{key}: {config[key]} is negative")
+if prompts_per_step % prompts_per_update:
+    die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
+if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+    die(f"out_dir: {out_dir} is a file")
+if eval_dataset is None and dataset in DATASETS:
+    eval_dataset = dataset
+train_problems = load_problems(dataset, "train")
+test_problems = load_problems(eval_dataset, "test", "eval_dataset")[:eval_problems] if eval_dataset else []
+tokenizer, hf_config = load_tokenizer(model)
+prompts = encode_prompts(tokenizer, train_problems, dataset, system_prompt, few_shot)
+test_prompts = encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)  # asked as in training
+context = max(check_lengths(p, max_response_tokens, hf_config.max_position_embeddings, name)
+              for p, name in ((prompts, f"dataset {dataset}"), (test_prompts, f"eval_dataset {eval_dataset}")) if p)
+
+import numpy as np
+import torch  # after the checks: it takes seconds to import
+import torch.distributed as dist
+from tqdm import tqdm
+
+from advantages import (check_rewards, clipped_loss, group_advantages, influence, kl_k3, nthr_eta as eta_of, nthr_select,
+                        random_like, token_advantages, token_weights)
+from model_utils import (balance, full, load_optimizer, load_policy, mfu, newest_checkpoint, open_run, pack_all,
+                         parallelize, plan_micro_batches, plot_curves, save_checkpoint, setup_distributed, splits_groups)
+
+start, start_state = None, dict(step=0, position=0)
+if resume:
+    found = newest_checkpoint(out_dir)
+    if found is None:
+        die(f"resume: no whole checkpoint in {out_dir}")
+    start, start_state = found
+
+# ---------------------------------------------------------------------------------------------------------------------
+# set up: process group, run folder, engine (first: it measures free memory), policy, optimizer
+
+device = setup_distributed()
+rank = dist.get_rank()
+scored = variant in ("nthr", "random")  # variants that select tokens by NTHR's scores
+on_cuda = device.type == "cuda"
+auto = "bfloat16" if on_cuda else "float32"
+torch.manual_seed(seed)
+if is_rank0():
+    open_run(out_dir, start and start_state["step"])
+    save_config(config, os.path.join(out_dir, "run_config.json"))
+dist.barrier()
+engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
+                      gpu_memory_utilization, max_num_seqs)
+compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
+policy = load_policy(start or model, compute, device, activation_checkpointing)
+net = parallelize(policy, parallel)
+net.train()
+ref = load_policy(model, compute, device).requires_grad_(False) if kl_coef else None
+optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=adam_betas, weight_decay=weight_decay,
+                              fused=True)
+if start:
+    load_optimizer(start, optimizer)
+    print0(f"resumed from {start}")
+writer = None
+if is_rank0():
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start_state["step"])
+    except ImportError:
+        pass
+    if wandb_project:
+        import wandb
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+
+
+def log(row, samples=()):
+    """Append a row to metrics.jsonl (and TensorBoard, W&B) and rows to samples.jsonl; rank 0."""
+    for name, rows in (("metrics.jsonl", [row]), ("samples.jsonl", samples)):
+        with open(os.path.join(out_dir, name), "a") as f:
+            f.writelines(json.dumps(r) + "\n" for r in rows)
+    for key, value in row.items():
+        if writer and key != "step":
+            writer.add_scalar(key, value, row["step"])
+    if wandb_project:
+        wandb.log(row, step=row["step"])
+
+
+def spare_tokens(update, batch, h, lse, head, picker, sums):
+    """NTHR or Random for the groups that are whole with this micro-batch: scores from the old policy's states of its
+    tokens, selection, and update["token_advantages"] of these groups. h (n, d), lse (n,): as Policy.forward gives them."""
+    done, kept = update["scored"]
+    n = batch.span.stop - batch.span.start
+    states = (h[:n], batch.targets[:n], lse[:n])
+    if kept is not None:
+        states = tuple(torch.cat(pair) for pair in zip(kept, states))
+    tokens, responses = update["first_token"], update["first_response"]
+    whole = done
+    while whole + 1 < len(tokens) and tokens[whole + 1] <= batch.span.stop:
+        whole += 1
+    base = tokens[done]  # flat index of the first token in states
+    update["scored"] = [whole, tuple(x[tokens[whole] - base:] for x in states)]
+    if whole == done:
+        return
+    r, t = slice(responses[done], responses[whole]), slice(tokens[done], tokens[whole])
+    rewards, response, group = (update["rewards"][r], update["response"][t] - responses[done], update["group"][r] - done)
+    s = torch.cat([influence(*(x[tokens[g] - base:tokens[g + 1] - base] for x in states), head,
+                             update["rewards"][update["response"][tokens[g]:tokens[g + 1]]] == 1, temperature, nthr_vocab)
+                   for g in range(done, whole)])                                                   # (tokens of these groups,)
+    selected, tau = nthr_select(s, rewards, response, group, nthr_beta)
+    picked = random_like(selected, response, picker) if variant == "random" else selected
+    update["token_advantages"][t] = token_advantages(variant, update["advantages"][r], rewards, response, group, picked, eta)
+    wrong = rewards[response] == 0
+    real = tau.isfinite()
+    etas = eta_of(eta, rewards, group)
+    sums += torch.stack([wrong.sum(), picked.sum(), (s * picked).sum(), (s * (wrong & ~picked)).sum(), real.sum(),
+                         (tau < 0).logical_and(real).sum(), tau.where(real, 0).sum(),
+                         (etas / torch.bincount(group)[group])[real[group]].sum()]).double()
+
+
+def evaluate(step):
+    """Greedy accuracy on the evaluation problems, logged and printed."""
+    began = time.time()
+    groups = generate_all_ranks(engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0,
+                                max_response_tokens=max_response_tokens)
+    row = {"step": step, "eval/accuracy": accuracy(groups), "eval/problems": len(groups),
+           "eval/mean_length": float(np.mean([len(r) for g in groups for r in g["responses"]])),
+           "eval/truncated": float(np.mean([g["truncated"] for g in groups])), "time/eval": time.time() - began}
+    if is_rank0():
+        log(row)
+        tqdm.write(f"step {step}: greedy accuracy {row['eval/accuracy']:.1%} on {len(groups)} held-out problems")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+step, position = start_state["step"], start_state["position"]
+bar = tqdm(total=max_steps, initial=step, desc="train", unit="step", disable=not is_rank0())
+saved = step if start else None  # the step of the newest checkpoint
+while True:
+    due = step == max_steps or bool(eval_every) and step % eval_every == 0
+    if step > 0 and step != saved and (step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)):
+        save_checkpoint(out_dir, step, policy, tokenizer, optimizer, dict(step=step, position=position), config,
+                        keep_ckpts)
+        saved = step
+    if due and test_problems:
+        evaluate(step)
+    if step >= max_steps:
+        break
+    step += 1
+    clock = [time.time()]
+    seconds = {}
+
+    def lap(phase):
+        """Seconds since the last lap go to time/`phase`; waits for the GPU, so it stands between phases only."""
+        if on_cuda:
+            torch.cuda.synchronize()
+        clock.append(time.time())
+        seconds[f"time/{phase}"] = seconds.get(f"time/{phase}", 0.0) + clock[-1] - clock[-2]
+
+    # rollout: every rank samples its share and then holds all groups of the step
+    torch.manual_seed(hash((seed, step, rank)) % 2**63)  # of vLLM's sampling: a resumed run draws the same
+    groups, sampled, position = sample_batch(
+        engine, tokenizer, train_problems, prompts, position, seed, prompts_per_step=prompts_per_step,
+        oversample=oversample, max_rounds=max_rounds, keep_all=not dynamic_sampling, n=group_size,
+        temperature=temperature, max_response_tokens=max_response_tokens)
+    sleep_engine(engine, sleep_level)
+    lap("rollout")
+
+    # updates: mini-batches of groups, each dealt to the ranks; this rank's share is flat tokens in micro-batches
+    updates = []
+    for first in range(0, len(groups), prompts_per_update):
+        chunk = groups[first:first + prompts_per_update]
+        shares = [[chunk[i] for i in share] for share in balance(chunk, world_size)]
+        plans = [plan_micro_batches(share, tokens_per_micro_batch, share_prompts) for share in shares]
+        mine = shares[rank]
+        sizes = [len(g["responses"]) for g in mine]
+        lengths = torch.tensor([len(r) for g in mine for r in g["responses"]], dtype=torch.int64, device=device)  # (B,)
+        rewards = torch.tensor([r for g in mine for r in g["rewards"]], device=device)             # (B,)
+        check_rewards(rewards)
+        group = torch.repeat_interleave(torch.arange(len(mine)), torch.tensor(sizes, dtype=torch.int64)).to(device)
+        response = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)     # (N,)
+        advantages = group_advantages(rewards, group, advantage_norm)                              # (B,)
+        advantages = advantages * torch.where(rewards == 1, pos_weight, neg_weight)
+        rollout_logp = np.concatenate([l for g in mine for l in g["logprobs"]] or [np.empty(0, "f4")])
+        update = dict(
+            groups=mine, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
+            first_response=np.cumsum([0] + sizes).tolist(),                                        # (M+1,), of each group
+            first_token=np.cumsum([0] + [sum(len(r) for r in g["responses"]) for g in mine]).tolist(),
+            batches=pack_all(mine, plans[rank], device, at_least=max(map(len, plans)), share_prompts=share_prompts),
+            rollout_logp=torch.from_numpy(rollout_logp).to(device),                                # (N,)
+            moved=torch.zeros_like(rewards),  # (B,) log-likelihood since the step began, when its update comes
+            token_weights=token_weights(response, group, len(chunk), loss_norm, group_size=group_size,  # (N,)
+                                        tokens_in_update=sum(len(r) for g in chunk for r in g["responses"]),
+                                        max_tokens=max_response_tokens),
+            token_advantages=token_advantages("grpo" if scored else variant, advantages, rewards, response, group))
+        # the first update meets the policy that sampled: its old log-probabilities, and NTHR's states if no group is cut
+        # in two, are those of its own training forward. Later updates need a forward pass before the first
+        update["old_pass"] = bool(updates) or scored and any(map(splits_groups, plans))
+        update["scored"] = [0, None]  # groups scored so far; states of a group whose other half is in the next batch
+        updates.append(update)
+    picker = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)  # of Random's tokens
+    head = full(policy.model.get_output_embeddings().weight.detach()) if scored else None  # (V, d)
+    nthr_sums = torch.zeros(8, dtype=torch.float64, device=device)
+
+    for update in updates:
+        if update["old_pass"]:
+            with torch.no_grad():
+                outs = []
+                for batch in update["batches"]:
+                    logp, _, *states = net(batch, temperature, states=scored)
+                    outs.append(logp[:batch.span.stop - batch.span.start])
+                    if scored:
+                        spare_tokens(update, batch, *states, head, picker, nthr_sums)
+                update["old_logp"] = torch.cat(outs)                                               # (N,)
+    lap("old_logp")
+    if ref is not None:
+        with torch.no_grad():
+            for update in updates:
+                update["ref_logp"] = torch.cat([ref(b, temperature)[0][:b.span.stop - b.span.start]
+                                                for b in update["batches"]])                       # (N,)
+        lap("ref_logp")
+
+    lr = learning_rate * min(1.0, step / (warmup_steps + 1))
+    if decay_steps:
+        lr *= max(0.0, 1 - (step - 1) / decay_steps)
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = lr
+    sums = torch.zeros(6, dtype=torch.float64, device=device)  # over this rank's response tokens; read below, in order
+    counts = torch.tensor([sum(b.span.stop - b.span.start for u in updates for b in u["batches"]),
+                           sum(b.input_ids.numel() for u in updates for b in u["batches"])])  # response and packed tokens
+    gap_max = torch.zeros((), device=device)
+    displaced = torch.zeros(3, dtype=torch.float64, device=device)  # correct responses; log-likelihood change; how many fell
+    grad_norms = []
+    for update in updates:
+        for i, batch in enumerate(update["batches"]):
+            last = i == len(update["batches"]) - 1
+            span, n = batch.span, batch.span.stop - batch.span.start
+            # DDP averages gradients once an update, in its last micro-batch; FSDP adds shards up as it goes
+            with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+                fresh = scored and not update["old_pass"]
+                logp, entropy, *states = net(batch, temperature, states=fresh)
+                logp, entropy = logp[:n], entropy[:n]                                              # (n,)
+                if fresh:
+                    spare_tokens(update, batch, *states, head, picker, nthr_sums)
+                old = logp.detach() if update["old_logp"] is None else update["old_logp"][span]
+                loss, clipped = clipped_loss(logp, old, update["token_advantages"][span], clip_low, clip_high)
+                kl = kl_k3(logp, update["ref_logp"][span]) if ref is not None else torch.zeros_like(logp)
+                loss = (update["token_weights"][span] * (loss + kl_coef * kl)).sum()
+                (loss * world_size).backward()  # gradients are averaged over ranks; the loss is their sum
+            with torch.no_grad():
+                if update is not updates[0]:
+                    update["moved"].index_add_(0, update["response"][span], logp - old)
+                gap = (old - update["rollout_logp"][span]).abs()
+                gap_max = torch.maximum(gap_max, gap.max() if n else gap_max)
+                sums += torch.stack([loss, entropy.sum(), clipped.sum(), kl.sum(), kl_k3(old, logp).sum(), gap.sum()]).double()
+        norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or math.inf))
+        grad_norms.append(norm)
+        if update is not updates[0]:  # what the step's earlier updates did to the correct responses of this one
+            correct = update["rewards"] == 1
+            displaced += torch.stack([correct.sum(), (update["moved"] * correct).sum(),
+                                      (correct & (update["moved"] < 0)).sum()]).double()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    lap("update")
+
+    sync_weights(engine, policy.model, sleep_level)
+    lap("sync")
+
+    # one row of figures, over all ranks
+    counts = counts.to(device)
+    for x in (counts, sums, nthr_sums, displaced):
+        dist.all_reduce(x)
+    dist.all_reduce(gap_max, dist.ReduceOp.MAX)
+    seconds["time/step"] = clock[-1] - clock[0]
+    (n, packed), (loss, entropy, clipped, kl, kl_old, gap) = counts.tolist(), sums.tolist()
+    tokens = max(n, 1)
+    responses = [len(r) for g in sampled for r in g["responses"]]
+    row = {
+        "step": step, "reward/mean": accuracy(groups) if groups else 0.0, "reward/accuracy": accuracy(sampled),
+        "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
+        "rollout/response_tokens": n, "rollout/mean_length": float(np.mean(responses)),
+        "rollout/truncated": float(np.mean([g["truncated"] for g in sampled])),
+        "train/loss": loss / max(len(updates), 1), "train/entropy": entropy / tokens,
+        "train/grad_norm": float(torch.stack(grad_norms).mean()) if grad_norms else 0.0,
+        "train/clip_fraction": clipped / tokens, "train/kl": kl / tokens, "train/kl_old": kl_old / tokens,
+        "train/lr": lr, "train/updates": len(updates),
+        "gap/mean": gap / tokens, "gap/max": gap_max.item(), **seconds,
+        "perf/rollout_tok_s": sum(responses) / seconds["time/rollout"],
+        "perf/train_tok_s": packed / seconds["time/update"],
+        "perf/peak_memory_gib": (torch.cuda.max_memory_allocated() if on_cuda else
+                                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
+    }
+    if scored and n:
+        wrong, selected, s_selected, s_others, scored_groups, tau_negative, tau_sum, eta_sum = nthr_sums.tolist()
+        row |= {"nthr/selected": selected / max(wrong, 1), "nthr/tau_negative": tau_negative / max(scored_groups, 1),
+                "nthr/tau": tau_sum / max(scored_groups, 1), "nthr/eta": eta_sum / max(scored_groups, 1),
+                "nthr/s_selected": s_selected / max(selected, 1), "nthr/s_others": s_others / max(wrong - selected, 1)}
+    if displaced[0] > 0:  # with several updates a step: what the earlier ones did to correct responses of the later ones
+        row |= {"displacement/mean": (displaced[1] / displaced[0]).item(),
+                "displacement/fell": (displaced[2] / displaced[0]).item()}
+    if on_cuda:
+        row["perf/mfu"] = mfu(policy.model, packed / world_size, seconds["time/update"])
+    if is_rank0():
+        flat = [(g, i, a) for u in updates for g, advs in zip(u["groups"], u["advantages"].view(-1, group_size).tolist())
+                for i, a in enumerate(advs)]
+        log(row, [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
+                       response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a,
+                       truncated=bool(g["truncated"][i])) for g, i, a in flat[:samples_per_step]])
+        phases = " ".join(f"{k[5:]} {v:.1f}" for k, v in seconds.items())
+        tqdm.write(f"step {step}: accuracy {row['reward/accuracy']:.3f}, {len(groups)}/{len(sampled)} groups, {n} "
+                   f"tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
+                   f"{row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad {row['train/grad_norm']:.2f}, clip "
+                   f"{row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap {row['gap/mean']:.1e}/"
+                   f"{row['gap/max']:.1e}, s: {phases}")
+        bar.set_postfix_str(f"accuracy {row['reward/accuracy']:.2f}, {seconds['time/step']:.1f} s/step")
+    bar.update()
+
+bar.close()
+if is_rank0():
+    plot_curves(out_dir)
+    print0(f"wrote {out_dir}/: metrics.jsonl, samples.jsonl, curves.png, step_{step:06d}/")
+del engine  # last: its shutdown ends the process group
