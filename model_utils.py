@@ -301,7 +301,7 @@ class Policy(torch.nn.Module):
                             enabled=self.compute_dtype == torch.bfloat16):
             hidden = self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
                                            layout=batch).last_hidden_state[0]  # (T, d)
-        hidden = hidden[batch.predicts]  # (N, d)
+        hidden = hidden.index_select(0, batch.predicts)  # (N, d); the gradient of hidden[...] adds up in no fixed order
         head = self.model.get_output_embeddings().weight  # (V, d)
         logp, entropy, lse = HeadLogprob.apply(hidden, head, batch.targets, temperature, self.head_chunk,
                                                self.compute_dtype)
