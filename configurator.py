@@ -4,9 +4,10 @@
 
 A script assigns its settings as plain module globals and then calls `configure(globals())`. Arguments that do not
 start with `--` are config files: Python, executed in order, later ones win. `--key=value` and `--key value` win over
-every file; a bare `--key` turns a boolean on. The type of a setting is the type of its default (a default of None
-takes anything), an int is accepted for a float, and a name the script does not have is refused with the nearest one it
-has. Any mistake is one line on stderr and exit code 2: see `die`.
+every file; a bare `--key` turns a boolean on, and a setting that is `()` by default takes all words up to the next flag.
+The type of a setting is the type of its default (a default of None takes anything), an int is accepted for a float,
+and a name the script does not have is refused with the nearest one it has. Any mistake is one line on stderr and exit
+code 2: see `die`.
 """
 import ast
 import builtins
@@ -122,6 +123,10 @@ def configure(script_globals, argv=None):
         key = key.replace("-", "_")
         if key not in defaults:
             _unknown(key, defaults, "command line")
+        if not has_value and defaults[key] == ():  # `--key a b`: all words up to the next flag
+            words = [argv.pop(0) for _ in range(next((i for i, a in enumerate(argv) if a.startswith("--")), len(argv)))]
+            flags.append((key, tuple(words)))
+            continue
         if not has_value:  # `--key value`, or a bare boolean
             is_bool = isinstance(defaults[key], bool)
             if argv and not argv[0].startswith("--") and (not is_bool or isinstance(_parse(argv[0], True), bool)):

@@ -1,19 +1,19 @@
-"""From problems to groups of graded responses: data, prompts, the grader, and everything that touches vLLM.
+"""From problems to groups of graded responses: data sets, prompts, and everything that touches vLLM.
 
     problems = load_problems("arithmetic", "train")             # [{"problem", "answer"}, ...]
     prompts  = encode_prompts(tokenizer, problems, ...)         # [int32 array (P,), ...]
     engine   = build_engine(model_dir, ...)                     # one vLLM engine a rank, on a GPU or a CPU
-    groups   = generate(engine, tokenizer, problems, prompts, n=8, ...)   # a group a prompt, see `generate`
+    groups   = generate(engine, tokenizer, problems, prompts, n=8, ...)   # a group a prompt, graded: see `generate`
     sync_weights(engine, hf_model)                              # the trainer's weights, before the next rollout
 
 Token ids come out of vLLM and go into the trainer as they are: nothing here or there tokenises a response again.
 """
+import difflib
 import json
 import math
 import os
 import random
-import re
-from fractions import Fraction
+from functools import partial
 
 # Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this rank's share of the cores,
 # where torchrun would give every rank one; and none that spins for long, since torch and vLLM take turns.
@@ -30,14 +30,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
+from tqdm import tqdm
 
 from configurator import die, is_rank0, print0
+from grader import grade_all
 
 # ---------------------------------------------------------------------------------------------------------------------
 # problems
-
-BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
 
 def arithmetic_problems(split):
     """Two-digit sums and differences (never negative) in a fixed order; 128 of them held out, also with a and b swapped."""
@@ -54,33 +53,129 @@ def arithmetic_problems(split):
     return rows
 
 
-# Built-in sets: how to make the rows of a split ("train" or "test"), the prompt that goes with them (few_shot: questions
-# and answers as earlier turns of the chat), and the tokens an answer needs.
-DATASETS = {
+def _choices(question, options):
+    """A lettered multiple-choice problem as one text."""
+    return question.strip() + "\n\n" + "\n".join(f"{chr(65 + i)}) {x}" for i, x in enumerate(options))
+
+
+def _arc(r, i):
+    letter = chr(65 + r["choices"]["label"].index(r["answerKey"]))  # a few rows number their choices
+    return {"problem": _choices(r["question"], r["choices"]["text"]), "answer": letter, "n_choices": len(r["choices"]["text"])}
+
+
+def _gpqa(r, i):
+    options = [r["Correct Answer"].strip()] + [r[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3)]
+    order = random.Random(i).sample(range(4), 4)  # the same in every run
+    return {"problem": _choices(r["Question"], [options[k] for k in order]), "answer": chr(65 + order.index(0)), "n_choices": 4}
+
+
+def _columns(problem, answer, text=str):
+    return lambda r, i: {"problem": r[problem], "answer": text(r[answer])}
+
+
+def _level_3_to_5(r, i):
+    return {"problem": r["problem"], "answer": r["answer"]} if int(str(r["level"]).split()[-1]) >= 3 else None
+
+
+def _openr1(r, i):
+    return {"problem": next(m["content"] for m in r["prompt"] if m["role"] == "user"),
+            "answer": str(r["reward_model"]["ground_truth"]), "solution": r["target"][0]["content"]}
+
+
+# The known sets. Per split ("train" or "test"): the file in data_dir without .jsonl (beside one called as the set itself),
+# then the hub's id, configuration and split, and what makes one of our rows (or None: left out) of row i there.
+SETS = {
+    "aime24": {"test": ("aime24", "HuggingFaceH4/aime_2024", None, "train", _columns("problem", "answer", lambda a: str(int(a))))},
+    "aime25": {"test": ("aime25", "math-ai/aime25", None, "test", _columns("problem", "answer"))},
+    "amc23": {"test": ("amc23", "math-ai/amc23", None, "test", _columns("question", "answer"))},
+    "amc83": {"test": ("amc83", "AI-MO/aimo-validation-amc", None, "train", _columns("problem", "answer", lambda a: f"{a:g}"))},
+    "math500": {"test": ("math500", "HuggingFaceH4/MATH-500", None, "test", _columns("problem", "answer"))},
+    "minerva_math": {"test": ("minerva_math", "math-ai/minervamath", None, "test", _columns("question", "answer"))},
+    "olympiadbench": {"test": ("olympiadbench", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
+                               _columns("question", "final_answer", ",".join))},
+    "gsm8k": {split: (f"gsm8k_{split}", "openai/gsm8k", "main", split,
+                      _columns("question", "answer", lambda a: a.split("####")[-1].strip())) for split in ("train", "test")},
+    "arc_c": {"test": ("arc_c", "allenai/ai2_arc", "ARC-Challenge", "test", _arc)},
+    "gpqa_diamond": {"test": ("gpqa_diamond", "Idavidrein/gpqa", "gpqa_diamond", "train", _gpqa)},
+    "mmlu_pro": {"test": ("mmlu_pro_500", "TIGER-Lab/MMLU-Pro", None, "test",
+                          lambda r, i: {"problem": _choices(r["question"], r["options"]), "answer": r["answer"],
+                                        "n_choices": len(r["options"])})},
+    "math": {"train": ("math_lvl3to5_12k_split", "nlile/hendrycks-MATH-benchmark", None, "train", _level_3_to_5)},
+    "deepscaler": {"train": ("deepscaler_sub", "agentica-org/DeepScaleR-Preview-Dataset", None, "train",
+                             _columns("problem", "answer"))},
+    "openr1-math-46k-8192": {"train": ("openr1-math-46k-8192", "Elliott/Openr1-Math-46k-8192", None, "train", _openr1)},
+}
+
+# How a set's problems are put to a model, if not as BOXED: few_shot are questions and answers as earlier turns of the chat,
+# max_response_tokens what an answer needs.
+BOXED = dict(system_prompt="Please reason step by step, and put your final answer within \\boxed{}.", few_shot=())
+CHOICE = dict(system_prompt="Please reason step by step, and put the letter of your choice within \\boxed{}.", few_shot=())
+STYLES = {
     "arithmetic": dict(
-        load=arithmetic_problems,
         system_prompt="Work out the answer, in a box.",  # 97 tokens in all: three blocks of 32 that vLLM caches, and one
         few_shot=tuple((q, f"{q} = {a} \\boxed{{{a}}}") for q, a in (("57 + 38", 95), ("64 - 23", 41))),
         max_response_tokens=28,
     ),
+    "arc_c": CHOICE, "gpqa_diamond": CHOICE, "mmlu_pro": CHOICE,
 }
 
 
-def load_problems(name, split, key="dataset"):
-    """Rows {"problem": str, "answer": str} of a built-in set or a JSON Lines file (`split` is for built-in sets).
+def splits(name):
+    """The splits of a set by its name, () for what is no name."""
+    return ("train", "test") if name == "arithmetic" else tuple(SETS.get(name, ()))
 
-    key: the setting that named it, for the error. A missing or empty file or a malformed row ends the program.
+
+def load_problems(name, split, key="dataset", data_dir=None):
+    """Rows {"problem": str, "answer": str} of a set: "arithmetic", a JSON Lines file, or a name of SETS.
+
+    A file's rows may have "n_choices" (multiple choice, the answer a letter) and more. A name is looked for in the folder
+    data_dir if there is one, else on the Hugging Face hub. split: "train" or "test", for names. key: the setting
+    that named it, for the error. A missing or empty set or a malformed row ends the program.
     """
-    if name in DATASETS:
-        return DATASETS[name]["load"](split)
-    if not os.path.isfile(name):
-        die(f"{key}: {name!r} is neither a file nor one of the built-in sets ({', '.join(DATASETS)})")
+    if name == "arithmetic":
+        return arithmetic_problems(split)
+    if os.path.isfile(name):
+        return _read_problems(name, key)
+    if name not in SETS:
+        known = difflib.get_close_matches(name, ["arithmetic", *SETS], n=1)
+        die(f"{key}: {name!r} is neither a file nor one of the known sets" + (f", did you mean {known[0]!r}?" if known else "")
+            + f" ({', '.join(['arithmetic', *SETS])})")
+    if split not in SETS[name]:
+        die(f"{key}: {name} has no {split} split; sets that have one: {', '.join(n for n in SETS if split in SETS[n])}")
+    if data_dir is not None:
+        if not os.path.isdir(data_dir):
+            die(f"data_dir: {data_dir} is not a folder")
+        path = _local_file(name, split, data_dir)
+        if path is None:
+            die(f"{key}: no {SETS[name][split][0]}.jsonl in data_dir {data_dir}")
+        return _read_problems(path, key)
+    try:
+        return _hub_problems(name, split)
+    except Exception as e:  # no network, no access, no such version: the library raises many kinds
+        die(f"{key}: {name} cannot be had from the hub ({SETS[name][split][1]}): {type(e).__name__}: {e}. "
+            f"--data_dir=FOLDER reads it from a local folder")
+
+
+def _local_file(name, split, data_dir):
+    paths = [os.path.join(data_dir, stem + ".jsonl") for stem in (SETS[name][split][0], name)]
+    return next(filter(os.path.isfile, paths), None)
+
+
+def _hub_problems(name, split):
+    from datasets import load_dataset
+
+    _, hub_id, config, hub_split, make = SETS[name][split]
+    rows = (make(r, i) for i, r in enumerate(load_dataset(hub_id, config, split=hub_split)))
+    return [row for row in rows if row is not None]
+
+
+def _read_problems(path, key):
     rows = []
-    with open(name, encoding="utf-8", errors="replace") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            where = f"{key}: {name}, line {number}"
+            where = f"{key}: {path}, line {number}"
             try:
                 row = json.loads(line)
             except ValueError as e:
@@ -95,8 +190,30 @@ def load_problems(name, split, key="dataset"):
                     die(f"{where}: {field!r} is " + ("missing" if field not in row else f"{value!r}, not a text"))
             rows.append(row)
     if not rows:
-        die(f"{key}: {name} has no rows")
+        die(f"{key}: {path} has no rows")
     return rows
+
+
+def drop_evaluated(problems, dataset, data_dir, evaluated):
+    """Training problems whose text is in no evaluation set, and how many were: (problems, int).
+
+    Evaluation sets: the rows `evaluated`, and every test set of SETS that is in data_dir or, if `dataset` is from the hub,
+    there. Text is compared without spaces and case.
+    """
+    rows = list(evaluated)
+    for name in (n for n in SETS if "test" in SETS[n]):
+        try:
+            if data_dir and _local_file(name, "test", data_dir):
+                rows += _read_problems(_local_file(name, "test", data_dir), "data_dir")
+            elif not data_dir and dataset in SETS:
+                rows += _hub_problems(name, "test")
+        except Exception as e:  # gated, or gone: the others can still be looked at
+            print0(f"note: {name} cannot be had from the hub ({type(e).__name__}); training problems may be in it")
+    def text(row):
+        return "".join(row["problem"].lower().split())
+    seen = set(map(text, rows))
+    kept = [row for row in problems if text(row) not in seen]
+    return kept, len(problems) - len(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +228,7 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=No
     if few_shot is not None and not all(isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(y, str) for y in x)
                                         for x in few_shot):
         die(f"few_shot: {few_shot!r} is not ((question, answer), ...)")
-    defaults = DATASETS.get(dataset, dict(system_prompt=BOXED_INSTRUCTION, few_shot=()))
+    defaults = STYLES.get(dataset, CHOICE if problems and all(row.get("n_choices") for row in problems) else BOXED)
     system_prompt = defaults["system_prompt"] if system_prompt is None else system_prompt
     few_shot = defaults["few_shot"] if few_shot is None else few_shot
     head = [{"role": "system", "content": system_prompt}]
@@ -162,51 +279,14 @@ def check_lengths(prompts, max_response_tokens, context, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# grading
-
-def last_boxed(text):
-    r"""The content of the last `\boxed{...}` with balanced braces, or None. A box that never closes is no answer."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + len("\\boxed{"):i]
-    return None
-
-
-def _normal(answer):
-    """One spelling for answers that differ only in LaTeX dressing; numbers become exact fractions."""
-    text = answer.strip().strip("$").replace("\\!", "").replace("\\,", "").replace("\\ ", "")
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = re.sub(r"\s+", "", text).rstrip(".")
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    if re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", text) and len(text) < 100:
-        return Fraction(text)
-    fraction = re.fullmatch(r"([+-]?)(?:\\frac\{(\d{1,50})\}\{(\d{1,50})\}|(\d{1,50})/(\d{1,50}))", text)
-    if fraction and int(fraction[3] or fraction[5]):
-        value = Fraction(int(fraction[2] or fraction[4]), int(fraction[3] or fraction[5]))
-        return -value if fraction[1] == "-" else value
-    return text
-
-
-def grade(text, answer):
-    r"""1.0 if the last `\boxed{}` of a finished response is the reference answer, else 0.0."""
-    boxed = last_boxed(text)
-    return float(boxed is not None and _normal(boxed) == _normal(answer))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the engine
 
-def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=256):
+def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=256, tensor_parallel=1):
     """A vLLM engine in this process, one per rank (data parallel), inside torchrun's process group.
 
-    model: Hugging Face folder or hub id; context: prompt and response tokens of the longest sequence. All ranks must
-    call it together, before the trainer takes its memory; building it reseeds torch's global generator.
+    model: Hugging Face folder or hub id; context: prompt and response tokens of the longest sequence; tensor_parallel:
+    neighbouring ranks that share an engine. All ranks must call it together, before the trainer takes its memory;
+    building it reseeds torch's global generator.
     """
     import torch
     import warnings
@@ -224,6 +304,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         max_model_len=context,
         max_num_seqs=max_num_seqs,
         seed=seed,
+        tensor_parallel_size=tensor_parallel,
         distributed_executor_backend="external_launcher",
         logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature
         enable_prefix_caching=True,
@@ -233,8 +314,11 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     )
 
 
-def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens, top_p=1.0, progress=False):
+def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens, top_p=1.0, progress=False,
+             seeds=None):
     """n graded responses to every prompt: one group, a dict, per problem.
+
+    seeds: int per prompt, whose responses then depend on nothing else; None: sampling follows torch's generator.
 
         problem, answer   str
         prompt            int32 (P,)
@@ -246,42 +330,35 @@ def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_
     """
     from vllm import SamplingParams
 
-    params = SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens,
-                            logprobs=0, flat_logprobs=True, detokenize=False)
+    params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, seed=s,
+                             logprobs=0, flat_logprobs=True, detokenize=False) for s in seeds or [None] * len(prompts)]
     engine.reset_prefix_cache()  # never another policy's keys and values; the same numbers whatever ran before
     requests = [{"prompt_token_ids": p.tolist()} for p in prompts]
-    results = engine.generate(requests, params, use_tqdm=progress and is_rank0())
-    groups = []
-    for problem, prompt, result in zip(problems, prompts, results):
-        outputs = sorted(result.outputs, key=lambda o: o.index)
-        texts = tokenizer.batch_decode([list(o.token_ids) for o in outputs], skip_special_tokens=True)
-        truncated = np.array([o.finish_reason != "stop" for o in outputs])
-        rewards = [0.0 if cut else grade(text, problem["answer"]) for text, cut in zip(texts, truncated)]
-        groups.append(dict(
-            problem=problem["problem"], answer=problem["answer"], prompt=prompt,
-            responses=[np.asarray(o.token_ids, dtype=np.int32) for o in outputs],
-            logprobs=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outputs],
-            texts=texts, truncated=truncated, rewards=np.array(rewards, dtype=np.float32),
-        ))
-    return groups
+    results = engine.generate(requests, params, use_tqdm=partial(tqdm, leave=False) if progress and is_rank0() else False)
+    outputs = [sorted(result.outputs, key=lambda o: o.index) for result in results]
+    texts = [tokenizer.batch_decode([list(o.token_ids) for o in outs], skip_special_tokens=True) for outs in outputs]
+    truncated = [np.array([o.finish_reason != "stop" for o in outs]) for outs in outputs]
+    verdicts = iter(grade_all([("" if cut else text, problem) for problem, ts, cuts in zip(problems, texts, truncated)
+                               for text, cut in zip(ts, cuts)], progress and is_rank0()))
+    return [dict(
+        problem=problem["problem"], answer=problem["answer"], prompt=prompt,
+        responses=[np.asarray(o.token_ids, dtype=np.int32) for o in outs],
+        logprobs=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
+        texts=texts[i], truncated=truncated[i], rewards=np.array([next(verdicts) for _ in outs], dtype=np.float32),
+    ) for i, (problem, prompt, outs) in enumerate(zip(problems, prompts, outputs))]
 
 
-def gather_in_order(mine, total):
-    """All ranks' items in issue order, on every rank, where rank r holds the items r, r + world, r + 2 world, ..."""
+def generate_all_ranks(engine, tokenizer, problems, prompts, tensor_parallel=1, seeds=None, **kwargs):
+    """`generate` with the problems dealt over the engines. Every rank gets all groups, in the order of `problems`."""
     import torch.distributed as dist
 
+    engines = dist.get_world_size() // tensor_parallel
+    mine = slice(dist.get_rank() // tensor_parallel, None, engines)  # engine e has the problems e, e + engines, ...
+    groups = generate(engine, tokenizer, problems[mine], prompts[mine], seeds=seeds and seeds[mine], **kwargs) \
+        if problems[mine] else []
     shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
-
-
-def generate_all_ranks(engine, tokenizer, problems, prompts, **kwargs):
-    """`generate` with the problems dealt over the ranks. Every rank gets all groups, in the order of `problems`."""
-    import torch.distributed as dist
-
-    mine = slice(dist.get_rank(), None, dist.get_world_size())
-    groups = generate(engine, tokenizer, problems[mine], prompts[mine], **kwargs) if problems[mine] else []
-    return gather_in_order(groups, len(problems))
+    dist.all_gather_object(shares, groups)
+    return [shares[i % engines * tensor_parallel][i // engines] for i in range(len(problems))]
 
 
 def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompts_per_step, oversample, max_rounds,
@@ -334,22 +411,40 @@ def sync_weights(engine, model, sleep_level=0):
 
     model: the Hugging Face model, its parameters plain or DTensor; sleep_level: how the engine was put to sleep.
     """
-    import torch
-
     def weights():
         for name, p in model.named_parameters():
             p = p.detach()
             yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
 
+    push_weights(engine, weights(), model.config.tie_word_embeddings, sleep_level)
+
+
+def load_weights(engine, folder):
+    """Put the weights of another checkpoint of the same model, a Hugging Face folder, into the engine."""
+    from safetensors import safe_open
+
+    def weights():
+        for file in sorted(f for f in os.listdir(folder) if f.endswith(".safetensors")):
+            with safe_open(os.path.join(folder, file), "pt") as f:
+                yield from ((name, f.get_tensor(name)) for name in f.keys())
+
+    with open(os.path.join(folder, "config.json")) as f:
+        push_weights(engine, weights(), json.load(f).get("tie_word_embeddings", False))
+
+
+def push_weights(engine, weights, tied, sleep_level=0):
+    """Write (Hugging Face name, tensor) pairs into the engine's model in place. tied: the head is the embedding."""
+    import torch
+
     if torch.cuda.is_available():
         if sleep_level:  # the weights first: the KV cache comes back when theirs is the only other memory in use
             engine.wake_up(["weights"])
-        engine.apply_model(lambda m: m.load_weights(weights()) and None)
+        engine.apply_model(lambda m: m.load_weights(weights) and None)
         if sleep_level:
             engine.wake_up(["kv_cache"])
     else:  # the CPU engine has packed its linears: this path unpacks, loads and packs again
-        engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights()))
-        if model.config.tie_word_embeddings:  # reload_weights leaves a tied head as it was
+        engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        if tied:  # reload_weights leaves a tied head as it was
             engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
     engine.reset_prefix_cache()
 

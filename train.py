@@ -18,8 +18,9 @@ from configurator import configure, die, is_rank0, print0, save_config
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
-dataset = "arithmetic"        # a built-in set (rollout.DATASETS) or a JSON Lines file with `problem` and `answer`
-eval_dataset = None           # the same for evaluation; None: the built-in set's held-out problems, or for a file none
+dataset = "arithmetic"        # a set's name (rollout.SETS) or a JSON Lines file with `problem` and `answer`
+eval_dataset = None           # the same for evaluation; None: the set's own test split, or none if it has none
+data_dir = None               # folder of JSON Lines files for the names; None: the Hugging Face hub
 eval_problems = 128           # problems an evaluation uses at most, the first ones
 system_prompt = None          # str; None: the data set's own (a file: "Please reason step by step, ...\boxed{}.")
 few_shot = None               # ((question, answer), ...) as earlier chat turns; None: the data set's own
@@ -77,8 +78,8 @@ config = configure(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 # refuse bad input before anything large is loaded
 
-from rollout import (DATASETS, accuracy, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems,
-                     load_tokenizer, sample_batch, sleep_engine, sync_weights)  # before torch: it sets its threads
+from rollout import (accuracy, build_engine, check_lengths, drop_evaluated, encode_prompts, generate_all_ranks, load_problems,
+                     load_tokenizer, sample_batch, sleep_engine, splits, sync_weights)  # before torch: it sets its threads
 
 DTYPES = ("auto", "float32", "bfloat16")
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,10 +111,15 @@ if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):
     die(f"out_dir: {out_dir} is a file")
-if eval_dataset is None and dataset in DATASETS:
+if eval_dataset is None and "test" in splits(dataset):
     eval_dataset = dataset
-train_problems = load_problems(dataset, "train")
-test_problems = load_problems(eval_dataset, "test", "eval_dataset")[:eval_problems] if eval_dataset else []
+train_problems = load_problems(dataset, "train", data_dir=data_dir)
+test_problems = load_problems(eval_dataset, "test", "eval_dataset", data_dir)[:eval_problems] if eval_dataset else []
+train_problems, dropped = drop_evaluated(train_problems, dataset, data_dir, test_problems)
+if dropped:
+    print0(f"{dataset}: {dropped} problems are in an evaluation set too and were dropped; {len(train_problems)} are left")
+if not train_problems:
+    die(f"dataset: all problems of {dataset} are in an evaluation set")
 tokenizer, hf_config = load_tokenizer(model)
 prompts = encode_prompts(tokenizer, train_problems, dataset, system_prompt, few_shot)
 test_prompts = encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)  # asked as in training
