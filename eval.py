@@ -4,6 +4,7 @@
     python eval.py --ckpt=Qwen/Qwen2.5-Math-1.5B --protocol=nthr      a row of the NTHR paper's Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0     every checkpoint of every run in out/
     torchrun --nproc_per_node=8 eval.py --ckpt=DIR --protocol=dagrpo --tensor_parallel=2    four engines on two GPUs each
+    torchrun --nproc_per_node=8 -- eval.py --n=8 ...                  with `--`: torchrun takes `--n` for one of its own
     python eval.py --compare a.jsonl b.jsonl                          two models' responses to the same problems
 
 Everything is under the run's eval/ (other models: out/eval/): every response with its grade, written as it comes, so that an
@@ -19,12 +20,15 @@ import sys
 import numpy as np
 
 from configurator import configure, die, is_rank0, print0, save_config
+from grader import clean, last_boxed, number, spelling
+from rollout import (STYLES, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems, load_tokenizer,
+                     load_weights, write_jsonl)  # before torch: it sets its threads
 
 ckpt = "out/quickstart"       # a run's folder, a folder of runs, a step_* folder, any Hugging Face folder, or a hub id
 protocol = None               # "nthr" or "dagrpo": the paper's sets, samples and temperature, see PROTOCOLS
 data = None                   # sets, separated by commas: names (rollout.SETS) and JSON Lines files; None: the protocol's,
                               # else the held-out problems of the run, else arithmetic
-data_dir = None               # folder of JSON Lines files for the names; None: the Hugging Face hub
+data_dir = None               # folder of JSON Lines files, where names are looked for before the Hugging Face hub
 n = None                      # responses a problem; None: the protocol's, else 1
 temperature = None            # None: the protocol's, else 0, greedy
 top_p = 1.0
@@ -97,11 +101,10 @@ def mcnemar(only_a, only_b):
 
 def summarize(rows, n, seed=0):
     """A set's figures from its rows (problem i's n responses at i n to i n + n)."""
-    from grader import clean, last_boxed, spelling
-
     correct = np.array([r["correct"] for r in rows], dtype=float).reshape(-1, n)                # (P, n)
-    boxes = [last_boxed(r["response"]) if not r["truncated"] else None for r in rows]
-    answers = [None if b is None else spelling(clean(b)) for b in boxes]
+    boxes = [None if r["truncated"] else last_boxed(r["response"]) for r in rows]
+    answers = [None if b is None else spelling(b) if number(b) is None else number(b)
+               for b in (b and clean(b) for b in boxes)]  # votes are counted by value for numbers, by spelling for others
     figures = dict(accuracy=float(correct.mean()), interval=bootstrap([correct.mean(1)], seed), problems=len(correct),
                    responses=len(rows), mean_length=float(np.mean([r["tokens"] for r in rows])),
                    truncated=float(np.mean([r["truncated"] for r in rows])))
@@ -186,7 +189,7 @@ def finished(path, settings, n):
 def start_file(path, settings, done):
     """Begin or go on with a file of responses. One of other settings is kept beside it as NAME.old_1.jsonl."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.exists(path) and not done:
+    if os.path.exists(path) and not done and len(open(path, "rb").readlines()) > 1:
         stem = path.removesuffix(".jsonl")
         os.rename(path, next(p for i in range(1, 10**6) if not os.path.exists(p := f"{stem}.old_{i}.jsonl")))
     write_jsonl(path, [settings] + [row for group in done.values() for row in group])
@@ -247,6 +250,8 @@ def plan(models):
             parent = ckpt if not os.path.isfile(os.path.join(ckpt, "config.json")) else os.path.dirname(os.path.abspath(folder))
             home = os.path.join(parent, "eval") if os.path.isdir(ckpt) and run else os.path.join("out", "eval")
         tokenizer, hf_config = tokenizers[folder] = load_tokenizer(folder, "ckpt")
+        if hf_config.num_attention_heads % tensor_parallel:
+            die(f"tensor_parallel: {tensor_parallel} does not divide the {hf_config.num_attention_heads} attention heads of {folder}")
         for name in (data.split(",") if data else list(counts) or [own]):
             limit = max_problems or (run["eval_problems"] if run and name == own and not data else None)
             if name not in loaded:
@@ -399,9 +404,6 @@ if __name__ == "__main__":
         die(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) % tensor_parallel:
         die(f"tensor_parallel: {tensor_parallel} does not divide the {os.environ.get('WORLD_SIZE', '1')} ranks")
-
-    from rollout import (STYLES, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems, load_tokenizer,
-                         load_weights, write_jsonl)  # before torch: it sets its threads
     jobs = plan(find_models(ckpt))
 
     import torch.distributed as dist
@@ -410,8 +412,8 @@ if __name__ == "__main__":
 
     device = setup_distributed()
     dist.barrier()  # every rank has read what there was
-    engine, results = None, []
-    for i, job in enumerate(jobs):
+    engine, inside, results = None, None, []  # inside: the folder whose weights the engine has
+    for job in jobs:
         if len(job["done"]) < len(job["problems"]):
             if engine is None:
                 auto = "bfloat16" if device.type == "cuda" else "float32"

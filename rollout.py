@@ -129,8 +129,8 @@ def load_problems(name, split, key="dataset", data_dir=None):
     """Rows {"problem": str, "answer": str} of a set: "arithmetic", a JSON Lines file, or a name of SETS.
 
     A file's rows may have "n_choices" (multiple choice, the answer a letter) and more. A name is looked for in the folder
-    data_dir if there is one, else on the Hugging Face hub. split: "train" or "test", for names. key: the setting
-    that named it, for the error. A missing or empty set or a malformed row ends the program.
+    data_dir, then on the Hugging Face hub. split: "train" or "test", for names. key: the setting that named it, for the
+    error. A missing or empty set or a malformed row ends the program.
     """
     if name == "arithmetic":
         return arithmetic_problems(split)
@@ -142,23 +142,22 @@ def load_problems(name, split, key="dataset", data_dir=None):
             + f" ({', '.join(['arithmetic', *SETS])})")
     if split not in SETS[name]:
         die(f"{key}: {name} has no {split} split; sets that have one: {', '.join(n for n in SETS if split in SETS[n])}")
-    if data_dir is not None:
-        if not os.path.isdir(data_dir):
-            die(f"data_dir: {data_dir} is not a folder")
-        path = _local_file(name, split, data_dir)
-        if path is None:
-            die(f"{key}: no {SETS[name][split][0]}.jsonl in data_dir {data_dir}")
+    if data_dir is not None and not os.path.isdir(data_dir):
+        die(f"data_dir: {data_dir} is not a folder")
+    path = _local_file(name, split, data_dir)
+    if path:
         return _read_problems(path, key)
     try:
         return _hub_problems(name, split)
     except Exception as e:  # no network, no access, no such version: the library raises many kinds
-        die(f"{key}: {name} cannot be had from the hub ({SETS[name][split][1]}): {type(e).__name__}: {e}. "
-            f"--data_dir=FOLDER reads it from a local folder")
+        die(f"{key}: {name} is not in data_dir={data_dir} ({SETS[name][split][0]}.jsonl) and cannot be had from the hub "
+            f"({SETS[name][split][1]}): {type(e).__name__}: {e}")
 
 
 def _local_file(name, split, data_dir):
-    paths = [os.path.join(data_dir, stem + ".jsonl") for stem in (SETS[name][split][0], name)]
-    return next(filter(os.path.isfile, paths), None)
+    """The set's file in data_dir, None if there is none."""
+    paths = [os.path.join(data_dir or "", stem + ".jsonl") for stem in (SETS[name][split][0], name)]
+    return next(filter(os.path.isfile, paths), None) if data_dir else None
 
 
 def _hub_problems(name, split):
@@ -203,14 +202,16 @@ def drop_evaluated(problems, dataset, data_dir, evaluated):
     rows = list(evaluated)
     for name in (n for n in SETS if "test" in SETS[n]):
         try:
-            if data_dir and _local_file(name, "test", data_dir):
-                rows += _read_problems(_local_file(name, "test", data_dir), "data_dir")
+            if path := _local_file(name, "test", data_dir):
+                rows += _read_problems(path, "data_dir")
             elif not data_dir and dataset in SETS:
                 rows += _hub_problems(name, "test")
         except Exception as e:  # gated, or gone: the others can still be looked at
             print0(f"note: {name} cannot be had from the hub ({type(e).__name__}); training problems may be in it")
+
     def text(row):
         return "".join(row["problem"].lower().split())
+
     seen = set(map(text, rows))
     kept = [row for row in problems if text(row) not in seen]
     return kept, len(problems) - len(kept)

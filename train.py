@@ -20,7 +20,7 @@ from configurator import configure, die, is_rank0, print0, save_config
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
 dataset = "arithmetic"        # a set's name (rollout.SETS) or a JSON Lines file with `problem` and `answer`
 eval_dataset = None           # the same for evaluation; None: the set's own test split, or none if it has none
-data_dir = None               # folder of JSON Lines files for the names; None: the Hugging Face hub
+data_dir = None               # folder of JSON Lines files, where names are looked for before the Hugging Face hub
 eval_problems = 128           # problems an evaluation uses at most, the first ones
 system_prompt = None          # str; None: the data set's own (a file: "Please reason step by step, ...\boxed{}.")
 few_shot = None               # ((question, answer), ...) as earlier chat turns; None: the data set's own

@@ -1,4 +1,4 @@
-"""Data, prompts and the grader by themselves; the engine as real vLLM with the real model."""
+"""Data and prompts by themselves; the engine as real vLLM with the real model."""
 import gc
 
 import numpy as np
@@ -8,30 +8,6 @@ from transformers import AutoTokenizer
 
 import rollout
 from model_utils import load_policy, pack_all, plan_micro_batches, setup_distributed
-
-
-@pytest.mark.parametrize("text, answer, right", [
-    ("23 + 45 = 68. The answer is \\boxed{68}.", "68", True),
-    ("\\boxed{67}, no, \\boxed{68}", "68", True),        # the last box counts
-    ("\\boxed{68}, no, \\boxed{67}", "68", False),
-    ("The answer is 68.", "68", False),                  # no box
-    ("\\boxed{68", "68", False),                         # a box that never closes
-    ("\\boxed{\\frac{1}{2}}", "1/2", True),
-    ("\\boxed{-\\dfrac{3}{6}}", "-\\frac{1}{2}", True),
-    ("\\boxed{0.50}", "\\frac12", False),                # a spelling this grader does not read
-    ("\\boxed{ 1,234 }", "1234", True),
-    ("\\boxed{068}", "68", True),
-    ("\\boxed{68.0}", "68", True),
-    ("\\boxed{(1, 2)}", "\\left(1,2\\right)", True),
-    ("\\boxed{(2, 1)}", "(1,2)", False),
-    ("\\boxed{}", "68", False),
-    ("\\boxed{1/0}", "68", False),
-    ("\\boxed{" * 10000 + "}" * 9999, "68", False),
-    ("\\boxed{" + "9" * 100000 + "}", "68", False),
-    ("\\boxed{\x00}", "68", False),
-])
-def test_grade(text, answer, right):
-    assert rollout.grade(text, answer) == right
 
 
 def test_arithmetic_is_right_and_held_out_problems_are_unseen():
@@ -54,7 +30,7 @@ def test_prompts_with_and_without_a_chat_template(model_dir, capsys):
     tok = AutoTokenizer.from_pretrained(model_dir)
     rows = [{"problem": "12 + 34", "answer": "46"}]
     ids = rollout.encode_prompts(tok, rows, "some.jsonl")[0]
-    assert tok.decode(ids) == (f"<|im_start|>system\n{rollout.BOXED_INSTRUCTION}<|im_end|>\n<|im_start|>user\n12 + 34"
+    assert tok.decode(ids) == (f"<|im_start|>system\n{rollout.BOXED['system_prompt']}<|im_end|>\n<|im_start|>user\n12 + 34"
                                "<|im_end|>\n<|im_start|>assistant\n")
     text = tok.decode(rollout.encode_prompts(tok, rows, "arithmetic", system_prompt="Be brief.")[0])
     assert "Be brief." in text and text.count("\\boxed{") == 2
@@ -101,8 +77,8 @@ def test_groups_line_up_with_the_trainer(world):
             assert len(r) == len(l) <= 24 and r.tolist() == same.tolist()
             assert (r[-1] == eos) != cut  # a finished response ends with the end-of-sequence token, a cut one does not
             assert text == world[1].decode(r, skip_special_tokens=True)
-        assert all(x == (0 if cut else rollout.grade(t, g["answer"]))
-                   for x, cut, t in zip(g["rewards"], g["truncated"], g["texts"]))
+        verdicts = rollout.grade_all([(t, g) for t in g["texts"]])
+        assert g["rewards"].tolist() == [float(v and not cut) for v, cut in zip(verdicts, g["truncated"])]
     assert not all(g["truncated"].all() for g in groups)
     assert gap(world, groups, 0.8) < 1e-3
     assert gap(world, groups, 1.0) > 1e-2  # the temperature is in vLLM's log-probabilities

@@ -55,20 +55,44 @@ def test_a_run_leaves_what_it_promises(whole, run):
     assert any(not torch.equal(first[k], last[k]) for k in first) == any(r["train/updates"] for r in steps[1:])
 
 
-def test_eval_of_a_run_gives_the_accuracy_of_its_last_evaluation(whole, run):
+def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run):
+    """Every checkpoint in turn through one engine, on the problems and with the prompt of its run."""
     out, _ = whole
     done = run("eval.py", "--ckpt", out)
-    result = rows(out / "eval_arithmetic_n1_t0.jsonl")
-    last = [r for r in rows(out / "metrics.jsonl") if "eval/accuracy" in r][-1]
-    assert result[0]["accuracy"] == last["eval/accuracy"] and result[0]["problems"] == len(result) - 1 == 8
-    assert f"accuracy {last['eval/accuracy']:.1%}" in done.stdout
-    data = out.parent / "two.jsonl"
-    data.write_text('{"problem": "11 + 11", "answer": "22"}\n\n{"problem": "12 + 11", "answer": 23}\n')
-    run("eval.py", f"--ckpt={out / 'step_000002'}", f"--data={data}", "--n=3", "--temperature=1.0",
-        f"--output={out.parent / 'sub' / 'two_out.jsonl'}")
-    result = rows(out.parent / "sub" / "two_out.jsonl")
-    assert len(result) == 7 and result[0]["responses"] == 6
-    assert result[0]["accuracy"] == pytest.approx(sum(r["correct"] for r in result[1:]) / 6)
+    results = json.load(open(out / "eval" / "results.json"))
+    assert [r["model"] for r in results] == ["step_000001", "step_000002", "step_000003"]
+    assert [r["accuracy"] for r in results] == [r["eval/accuracy"] for r in rows(out / "metrics.jsonl")
+                                                if "eval/accuracy" in r][1:]
+    assert all(r["problems"] == 8 and r["interval"][0] <= r["accuracy"] <= r["interval"][1] for r in results)
+    assert done.stdout.count("| arithmetic | 1 | 0 |") == 3 == (out / "eval" / "results.md").read_text().count("| arithmetic |")
+    assert (out / "eval" / "accuracy.png").stat().st_size > 5000
+    settings, *responses = rows(out / "eval" / "step_000003" / "arithmetic_n1_t0.jsonl")
+    assert settings["n"] == 1 and len(responses) == 8 and {"problem", "answer", "response", "correct"} <= responses[0].keys()
+
+
+def test_an_interrupted_evaluation_goes_on(whole, run):
+    """Sampled responses, a set with a name and one from a file: killed after the first write, then finished."""
+    out, _ = whole
+    (out.parent / "sums.jsonl").write_text("".join(json.dumps(dict(problem=f"{i} + {i}", answer=2 * i)) + "\n"
+                                                   for i in range(11, 23)))
+    args = ("eval.py", f"--ckpt={out / 'step_000002'}", f"--data=arithmetic,{out.parent / 'sums.jsonl'}", "--n=3",
+            "--temperature=1.0", "--max_problems=12", "--save_every=6")
+    run(*args, f"--out_dir={out.parent / 'once'}")
+    files = [f"step_000002/{name}_n3_t1.jsonl" for name in ("arithmetic", "sums")]
+    once = [(out.parent / "once" / f).read_text() for f in files]
+    assert all(text.count("\n") == 1 + 12 * 3 for text in once)
+    # as a kill leaves it: two problems and a half, the last row cut; of the second set nothing
+    first = out.parent / "cut_off" / files[0]
+    first.parent.mkdir(parents=True)
+    first.write_text("".join(once[0].splitlines(keepends=True)[:9])[:-20])
+    run(*args, f"--out_dir={out.parent / 'cut_off'}")
+    assert [(out.parent / "cut_off" / f).read_text() for f in files] == once
+    assert [(out.parent / "cut_off" / f"results.{x}").read_text() for x in ("json", "md")] == [
+        (out.parent / "once" / f"results.{x}").read_text() for x in ("json", "md")]
+    result = json.load(open(out.parent / "once" / "results.json"))[0]
+    correct = [r["correct"] for r in map(json.loads, once[0].splitlines()[1:])]
+    assert result["accuracy"] == pytest.approx(sum(correct) / 36) and {"pass@2", "pass@3", "maj@3"} <= result.keys()
+    assert "Processed" not in run(*args, f"--out_dir={out.parent / 'cut_off'}").stderr  # nothing left to do: no engine
 
 
 def test_resume_gives_the_same_metrics(whole, run):
@@ -159,19 +183,40 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--variant=gpro"], "variant"),
         (["--parallel=tp"], "parallel"),
         (["--temperature=0"], "temperature"),
+        (["--dataset=mat", "--data_dir=config"], "'math'"),
+        (["--dataset=math500"], "no train split"),
+        (["--dataset=math", "--data_dir=nowhere"], "data_dir: nowhere"),
+        (["--dataset=math", "--data_dir=config"], "math_lvl3to5_12k_split.jsonl"),
         (["--max_response_tokens=100000"], "context"),
         (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
     ]
     from concurrent.futures import ThreadPoolExecutor
     pool = ThreadPoolExecutor(2)
-    refused = pool.map(lambda case: run("train.py", f"--model={model_dir}", *case[0], check=False), cases)
+    refused = pool.map(lambda case: run("train.py", f"--model={model_dir}", *case[0], check=False,
+                                            HF_HUB_OFFLINE="1"), cases)
     for (args, words), done in zip(cases, refused):
         assert done.returncode == 2, (args, done.stdout, done.stderr)
         assert words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
         assert done.stderr.count("error: ") == 1 and "Loading" not in done.stderr
-    for args, words in [(["--ckpt=models/nowhere"], "models/nowhere"), ([f"--ckpt={tmp_path}"], "step_*"),
-                        ([f"--ckpt={model_dir}", "--data=nowhere"], "nowhere"), (["--n=0"], "n: 0"),
-                        (["--n=4"], "temperature"), (["--chkpt=x"], "'ckpt'")]:
-        done = run("eval.py", *args, check=False)
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    cases = [
+        (["--ckpt=models/nowhere"], "models/nowhere"),
+        (["--ckpt=config"], "step_*"),
+        ([f"--ckpt={broken}"], "cannot read"),
+        ([f"--ckpt={model_dir}", "--data=nowhere"], "known sets (arithmetic, aime24"),
+        ([f"--ckpt={model_dir}", f"--data={tmp_path / 'empty.jsonl'}"], "has no rows"),
+        ([f"--ckpt={model_dir}", f"--data=arithmetic,{tmp_path / 'row.jsonl'}"], "row.jsonl, line 3: 'answer' is missing"),
+        ([f"--ckpt={model_dir}", "--data=math"], "no test split"),
+        (["--n=0"], "n: 0"),
+        ([f"--ckpt={model_dir}", "--n=4"], "temperature"),
+        (["--protocol=grpo"], "nthr, dagrpo"),
+        (["--tensor_parallel=2"], "tensor_parallel: 2"),
+        (["--chkpt=x"], "'ckpt'"),
+    ]
+    refused = pool.map(lambda case: run("eval.py", *case[0], check=False, HF_HUB_OFFLINE="1"), cases)
+    for (args, words), done in zip(cases, refused):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+        assert "Loading" not in done.stderr
