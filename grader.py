@@ -50,7 +50,7 @@ SWAPS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"), ("
          ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\neq", "\\ne"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("np.", ""),
          ("\\degree", "^\\circ"), ("\u00b0", "^\\circ"), ("\u2212", "-"), ("\u2013", "-"), ("\u03c0", "\\pi"),
          ("\u221e", "\\infty"), ("\u00d7", "\\times"), ("\u00b7", "\\cdot"), ("\u2264", "\\le"), ("\u2265", "\\ge"),
-         ("\u00b1", "\\pm"), ("\u222a", "\\cup"), ("\u00a0", " "), ("\\le ft", "\\left"))
+         ("\u00b1", "\\pm"), ("\u222a", "\\cup"), ("\u00a0", " "), ("\\varnothing", "\\emptyset"))
 SPACE = re.compile(r"\\\\|\\(?:[,!;: ]|quad\b|qquad\b)|~")
 FUNCTION = re.compile(r"(?<![\\a-zA-Z])(pi|arcsin|arccos|arctan|sin|cos|tan|ln|log|exp)(?![a-zA-Z])")
 SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![a-zA-Z])")
@@ -92,18 +92,21 @@ UNITS = {spelled: names.split()[0] for names in (  # a unit may be left out of a
     "degree degrees", "dollar dollars", "cent cents", "L liter liters litres", "mL milliliters", "J joules", "N newtons",
     "K kelvin", "W watts", "V volts", "Hz hertz", "Pa", "mol moles", "unit units", "way ways", "times", "people",
     "percent") for spelled in names.split()}
-UNIT = re.compile(r"\s((?:(?:square|sq\.?|cubic)\s)?)([a-zA-Z]+)\s?(?:\^\s?\{?([23])\}?)?$")
+UNIT = re.compile(r"\s((?:(?:square|sq\.?|cubic)\s)?)([a-zA-Z]+)\s?(?:\^\s?\{?([23])\}?)?"
+                  r"(?:\s?(?:/|\bper\b)\s?([a-zA-Z]+)\s?(?:\^\s?\{?([23])\}?)?)?$")
 
 
 def split_unit(text):
     """("15", "cm2") of a cleaned "15 cm ^2", ("15", "") of "15". A unit stands after a space, as a text command leaves it."""
     match = UNIT.search(text)
-    name = match and (UNITS.get(match[2]) or UNITS.get(match[2].lower()))
-    if not name:
+    names = match and [UNITS.get(x) or UNITS.get(x.lower()) for x in (match[2], match[4]) if x]
+    if not names or None in names:
         return text, ""
-    if name == "percent":
+    if names == ["percent"]:
         return text[:match.start()] + "%", ""
-    return text[:match.start()].strip(), name + (match[3] or {"s": "2", "c": "3"}.get(match[1][:1], ""))
+    powers = match[3] or {"s": "2", "c": "3"}.get(match[1][:1], ""), match[5] or ""
+    unit = "/".join(name + power for name, power in zip(names, powers))
+    return text[:match.start()].strip(), {"mi/h": "mph"}.get(unit, unit)
 
 
 NUMBER = re.compile(r"([+-]?)(?:(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d{1,3})|(?:\\times|\\cdot|[*x])10\^\{?([+-]?\d{1,3})\}?)?"
@@ -165,8 +168,9 @@ def quick(gold, pred):
 # ---------------------------------------------------------------------------------------------------------------------
 # in a worker: answers of several parts, and math-verify
 
-MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.S)
+MATRIX = re.compile(r"[(\[]? ?\\begin\{([pb]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\} ?[)\]]?", re.S)
 LEFT_SIDE = re.compile(r"\(?[a-zA-Z](?:_\{?\w+\}?|\([a-zA-Z]\))?(?: ?, ?[a-zA-Z](?:_\{?\w+\}?)?)*\)? ?(?:=|\\in(?![a-z])) ?")
+ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 SEPARATOR = re.compile(r"\\\\|\\[{}]|[()\[\]{},;]|\\cup(?![a-z])| (?:and|or|AND|OR) ")
 
 
@@ -223,7 +227,7 @@ def equal(gold, pred, depth=0):
     if verdict is not None or depth > 8:
         return bool(verdict)
     sides = [LEFT_SIDE.match(x) for x in (gold, pred)]
-    if bool(sides[0]) != bool(sides[1]):  # x = 5 is 5, but not y = 5
+    if bool(sides[0]) != bool(sides[1]) and "=" not in (pred if sides[0] else gold):  # x = 5 is 5, but not y = 5
         return equal(*(x[m.end():] if m else x for x, m in zip((gold, pred), sides)), depth + 1)
     (kind, parts), (pred_kind, pred_parts) = pieces(gold), pieces(pred)
     if kind != "one" or pred_kind != "one":
@@ -246,13 +250,19 @@ def equal(gold, pred, depth=0):
         if any(plain) and max(len(parts), len(pred_parts)) > 1 or "one" not in (kind, pred_kind):
             return False
     bare = split_unit(gold)[0], split_unit(pred)[0]
-    return same_formula(gold, pred) or bare != (gold, pred) and same_formula(*bare)
+    if same_formula(gold, pred) or bare != (gold, pred) and same_formula(*bare):
+        return True
+    if gold.count("=") == pred.count("=") == 1:  # x + y = 5 is x = 5 - y
+        gold, pred = ("{}-({})".format(*x.split("=")) for x in (gold, pred))
+        return same_formula(gold, pred) or same_formula(gold, f"-({pred})")
+    return False
 
 
 def same_formula(gold, pred):
     """math-verify on two LaTeX formulas. It rounds to six decimals, so small numbers are compared once more."""
     from math_verify import parse, verify
 
+    gold, pred = (re.sub(r"(\d+) degrees", r"(\1\\pi/180)", x) if ANGLE.search(x) else x for x in (gold, pred))
     gold, pred = (parse("$" + x + "$", parsing_timeout=None) for x in (gold, pred))
     if not verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True):
         return False

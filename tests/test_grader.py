@@ -34,6 +34,9 @@ x^2+2x+1 | (x+1)^2   (a+5)(b+2) | (b+2)(a+5)   8n^2+4n+1 | 4n + 8n^2 + 1   \frac
 \arcsin(10/13) | \sin^{-1}(10/13)            np.arcsin(10/13) | \arcsin\left(\frac{10}{13}\right)   \cot x | \frac{\cos x}{\sin x}
 y=2x+3 | 2x+3        2x+3 | y = 2x + 3       x=5 | 5                 5 | x = 5        f(x)=x+1 | f(x) = 1+x     f(x)=x+1 | x+1
 5x - 11y + z - 17 = 0 | -5x+11y-z+17=0       x<2 | 2>x               m \neq 1 | m\ne 1
+x+y=5 | x=5-y        x=y | y=x               \sin 30^\circ | \frac12             5\text{ km/h} | 5      9.8 \text{ m/s}^2 | 9.8
+\emptyset | \varnothing                      \{(2,3),(4,5)\} | (4,5), (2,3)     \mathbb{R} | (-\infty, \infty)      3 \pm 1 | 2, 4
+\log_2 3 | \frac{\ln 3}{\ln 2}              \sqrt[3]{2} | 2^{1/3}              20 \text{ mph} | 20 \text{ miles per hour}
 (3,4] | \left(3,4\right]                     -2\le x\le 7 | [-2,7]   [-2,7] | -2 \leq x \leq 7    x \in [-2,7] | [-2,7]
 (-\infty, 2) \cup (3, \infty) | (3,\infty)\cup(-\infty,2)            (-\infty, 2) \cup (3, \infty) | x<2 \text{ or } x>3
 \left( 3, \frac{\pi}{2} \right) | (3, \pi/2)    (15,-29) | (15, -29)    (1,2) | (1.0, 2)              (x,y)=(1,2) | (1,2)
@@ -58,6 +61,7 @@ y=2x+3 | y=2x-3      x=1 | y=1               x<2 | x \le 2           52_8 | 52_7
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 1 & 2 \end{pmatrix}
 \text{Evelyn} | Evelin                       \text{silent} | \text{listen}   \text{even} | odd     \text{Yes} | no     \text{(E)} | D
+5 \text{ km/h} | 5 \text{ m/s}                x+y=5 | x=5+y          1:2 | 2:1           0 | \emptyset
 3 | \text{none}      \infty | -\infty        5 | \text{five cm}      2 | x = 3                   1234 | 1,235
 """
 
@@ -69,7 +73,7 @@ def pairs(text):
 
 def test_answers_that_are_the_same_and_that_are_not():
     cases = [(g, p, True) for g, p in pairs(RIGHT)] + [(g, p, False) for g, p in pairs(WRONG)]
-    assert len(cases) == 173
+    assert len(cases) == 189
     got = grader.grade_all([(f"So it is \\boxed{{{p}}}.", {"answer": g}) for g, p, _ in cases])
     assert [case for case, verdict in zip(cases, got) if verdict != case[2]] == []
 
