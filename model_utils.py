@@ -337,6 +337,21 @@ def parallelize(policy, parallel):
     return fully_shard(policy, mesh=mesh, mp_policy=mixed)
 
 
+def make_optimizer(policy, name, learning_rate, adam_betas, weight_decay):
+    """AdamW ("adamw") or plain gradient descent ("sgd") over a policy's parameters."""
+    if name == "sgd":
+        return torch.optim.SGD(policy.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=adam_betas, weight_decay=weight_decay, fused=True)
+
+
+def optimizer_step(policy, optimizer, grad_clip):
+    """Clip the gradients to the global norm grad_clip (0: not), update, clear them. Returns the norm before, a tensor ()."""
+    norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or torch.inf))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def full(tensor):
     """The whole tensor of an FSDP shard (all ranks call together), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

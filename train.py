@@ -131,10 +131,11 @@ import torch  # after the checks: it takes seconds to import
 import torch.distributed as dist
 from tqdm import tqdm
 
-from advantages import (check_rewards, clipped_loss, group_advantages, influence, kl_k3, nthr_eta as eta_of, nthr_select,
+from advantages import (check_rewards, group_advantages, influence, kl_k3, nthr_eta as eta_of, nthr_select, policy_loss,
                         random_like, token_advantages, token_weights)
-from model_utils import (balance, full, load_optimizer, load_policy, mfu, newest_checkpoint, open_run, pack_all,
-                         parallelize, plan_micro_batches, plot_curves, save_checkpoint, setup_distributed, splits_groups)
+from model_utils import (balance, full, load_optimizer, load_policy, make_optimizer, mfu, newest_checkpoint, open_run,
+                         optimizer_step, pack_all, parallelize, plan_micro_batches, plot_curves, save_checkpoint,
+                         setup_distributed, splits_groups)
 
 start, start_state = None, dict(step=0, position=0)
 if resume:
@@ -163,8 +164,7 @@ policy = load_policy(start or model, compute, device, activation_checkpointing)
 net = parallelize(policy, parallel)
 net.train()
 ref = load_policy(model, compute, device).requires_grad_(False) if kl_coef else None
-optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=adam_betas, weight_decay=weight_decay,
-                              fused=True)
+optimizer = make_optimizer(policy, "adamw", learning_rate, adam_betas, weight_decay)
 if start:
     load_optimizer(start, optimizer)
     print0(f"resumed from {start}")
@@ -350,9 +350,9 @@ while True:
                 if fresh:
                     spare_tokens(update, batch, *states, head, picker, nthr_sums)
                 old = logp.detach() if update["old_logp"] is None else update["old_logp"][span]
-                loss, clipped = clipped_loss(logp, old, update["token_advantages"][span], clip_low, clip_high)
-                kl = kl_k3(logp, update["ref_logp"][span]) if ref is not None else torch.zeros_like(logp)
-                loss = (update["token_weights"][span] * (loss + kl_coef * kl)).sum()
+                loss, clipped, kl = policy_loss(
+                    logp, old, update["token_advantages"][span], update["token_weights"][span], clip_low, clip_high,
+                    kl_coef, update["ref_logp"][span] if ref is not None else None)
                 (loss * world_size).backward()  # gradients are averaged over ranks; the loss is their sum
             with torch.no_grad():
                 if update is not updates[0]:
@@ -360,14 +360,11 @@ while True:
                 gap = (old - update["rollout_logp"][span]).abs()
                 gap_max = torch.maximum(gap_max, gap.max() if n else gap_max)
                 sums += torch.stack([loss, entropy.sum(), clipped.sum(), kl.sum(), kl_k3(old, logp).sum(), gap.sum()]).double()
-        norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or math.inf))
-        grad_norms.append(norm)
+        grad_norms.append(optimizer_step(policy, optimizer, grad_clip))
         if update is not updates[0]:  # what the step's earlier updates did to the correct responses of this one
             correct = update["rewards"] == 1
             displaced += torch.stack([correct.sum(), (update["moved"] * correct).sum(),
                                       (correct & (update["moved"] < 0)).sum()]).double()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     lap("update")
 
     sync_weights(engine, policy.model, sleep_level)
