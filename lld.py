@@ -122,8 +122,8 @@ def begin(name, keys, rows):
     """Write out_dir/name with the settings and rows; one of other settings is kept as old_N/name. Rank 0."""
     path = os.path.join(out_dir, name)
     if os.path.exists(path) and saved(name, keys) is None:
-        old = next(p for i in range(1, 10**6) if not os.path.exists(p := os.path.join(out_dir, f"old_{i}")))
-        os.makedirs(old)
+        old = next(p for i in range(1, 10**6) if not os.path.exists(os.path.join(p := os.path.join(out_dir, f"old_{i}"), name)))
+        os.makedirs(old, exist_ok=True)
         os.rename(path, os.path.join(old, name))
         print0(f"{path} is of other settings; it is now in {old}")
     write_jsonl(path, [{k: config[k] for k in keys}] + rows)
@@ -158,8 +158,8 @@ if is_rank0():
 policy = load_policy(model, getattr(torch, auto if compute_dtype == "auto" else compute_dtype), device, activation_checkpointing)
 policy.train()
 theta = [p.detach().clone() for p in policy.parameters()]
-head = policy.model.get_output_embeddings().weight.detach()                                        # (V, d), always theta's
-head = head.clone()
+optim = make_optimizer(policy, optimizer, learning_rate, adam_betas, weight_decay)
+head = policy.model.get_output_embeddings().weight.detach().clone()                                # (V, d)
 
 
 def forward(batches, states=False):
@@ -200,7 +200,6 @@ def measure(index):
     chosen = dict(nthr=selected, random=random_like(selected, response, picker))
     advantages = group_advantages(rewards, one, advantage_norm)
     weights = token_weights(response, one, 1, loss_norm, len(response), len(lengths), max_response_tokens)
-    optim = make_optimizer(policy, optimizer, learning_rate, adam_betas, weight_decay)
     delta = {}
     for variant in variants:
         per_token = token_advantages(variant, advantages, rewards, response, one, chosen.get(variant), nthr_eta)
@@ -211,10 +210,12 @@ def measure(index):
         change = total(forward(batches)[0] - logp)                                                 # (G,)
         delta[variant] = dict(correct=change[rewards == 1].mean().item(), incorrect=change[rewards == 0].mean().item(),
                               each=change.tolist(), grad_norm=norm.item())
-        optim.state.clear()
-        with torch.no_grad():
+        with torch.no_grad():  # as if nothing had happened; in place, since new memory costs more than the update
             for p, q in zip(policy.parameters(), theta):
                 p.copy_(q)
+            for state in optim.state.values():
+                for x in state.values():
+                    x.zero_()
     wrong = ~correct
     ranks = torch.stack([ranks_of(x[wrong]) for x in (s, exact)])
     return dict(
@@ -264,9 +265,8 @@ def summarize(rows):
     for better, worse in (("nthr", "grpo"), ("random", "grpo"), ("nthr", "random"), ("pos_only", "grpo")):
         if better in d and worse in d:
             out[f"{better} > {worse}"] = dict(share=with_interval(d[better] > d[worse]),
+                                              equal=float(np.mean(d[better] == d[worse])),  # NTHR may select nothing
                                               difference=with_interval(d[better] - d[worse]))
-    if "pos_only" in d and "grpo" in d:
-        out["pos_only < grpo"] = dict(share=with_interval(d["pos_only"] < d["grpo"]))
     for key in ("selected", "selected_exact", "rank_correlation", "agreement"):
         out[key] = float(np.mean([r[key] for r in rows]))
     out["tau_negative"], out["tau_exact_negative"] = (float(np.mean([r[k] < 0 for r in rows])) for k in ("tau", "tau_exact"))
@@ -289,11 +289,11 @@ def markdown(out):
     for v, x in out["delta"].items():
         lines.append("| {} | {:+.4f} ({:+.4f} to {:+.4f}) | {:+.4f} | {:.0%} ({:.0%} to {:.0%}) | {:+.4f} |".format(
             NAMES[v], *x["mean"], x["median"], *x["displaced"], x["incorrect"]))
-    lines += ["", "| on the same question | share of questions (95%) | mean difference (95%) |", "|---|---|---|"]
+    lines += ["", "| on the same question | share (95%) | equal | less | mean difference (95%) |", "|---|---|---|---|---|"]
     for key, x in out.items():
         if isinstance(x, dict) and "share" in x:
-            difference = "{:+.4f} ({:+.4f} to {:+.4f})".format(*x["difference"]) if "difference" in x else ""
-            lines.append("| {} | {:.0%} ({:.0%} to {:.0%}) | {} |".format(key, *x["share"], difference))
+            lines.append("| {} | {:.0%} ({:.0%} to {:.0%}) | {:.0%} | {:.0%} | {:+.4f} ({:+.4f} to {:+.4f}) |".format(
+                key, *x["share"], x["equal"], 1 - x["share"][0] - x["equal"], *x["difference"]))
     for k, x in out.get("overlap", {}).items():
         lines += [] if lines[-1].startswith("GWHES") else [""]
         lines.append(f"GWHES: of the {k} questions of smallest Delta, {x['overlap']:.0%} are among the {k} of largest GWHES "
