@@ -345,7 +345,7 @@ def draw(rows):
         points = ax.scatter([r["gwhes"] for r in rows], d["grpo"], c=p, cmap="viridis")
         fig.colorbar(points, label="success rate p")
         shares = ", ".join(f"top {k}: {overlap(rows, k):.0%} (chance {k / len(rows):.0%})" for k in (10, 15) if k <= len(rows))
-        ax.set_title("overlap of smallest $\\Delta$ and largest GWHES: " + shares, fontsize=10)
+        ax.set_title("overlap of smallest $\\Delta$ and largest GWHES\n" + shares, fontsize=10)
         ax.set_xlabel("GWHES (eq. 5), mean over the correct responses")
         ax.set_ylabel(r"$\Delta(x)$ of GRPO, nats")
         ax.grid(alpha=0.3)
@@ -360,7 +360,7 @@ h1 { font-size: 1.35em } h2 { font-size: 1.05em; margin: 2em 0 .3em; border-top:
 .name { float: left; width: 6.5em; color: #666; font-size: 13px }
 .prompt { max-height: 12em; overflow: auto; color: #555; background: #f6f6f6; padding: .3em .6em }
 .t { border-radius: 2px; padding: 1px 0; cursor: default } .t:hover { outline: 1px solid #000 }
-.sel { text-decoration: underline; text-decoration-thickness: 2.5px; text-underline-offset: 3px }
+.sel { text-decoration: underline; text-decoration-thickness: 2.5px; text-underline-offset: 3px; text-decoration-skip-ink: none }
 .scale { position: relative; height: 14px; width: 24em; margin: 22px 0 6px 7em; border: 1px solid #999;
   background: linear-gradient(90deg, rgb(33,102,172), #fff 50%, rgb(214,40,40)) }
 .scale b { position: absolute; top: -21px; transform: translateX(-50%); font-size: 12px; white-space: nowrap }
