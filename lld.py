@@ -266,6 +266,7 @@ def summarize(rows):
         if better in d and worse in d:
             out[f"{better} > {worse}"] = dict(share=with_interval(d[better] > d[worse]),
                                               equal=float(np.mean(d[better] == d[worse])),  # NTHR may select nothing
+                                              less=with_interval(d[better] < d[worse]),
                                               difference=with_interval(d[better] - d[worse]))
     for key in ("selected", "selected_exact", "rank_correlation", "agreement"):
         out[key] = float(np.mean([r[key] for r in rows]))
@@ -293,7 +294,7 @@ def markdown(out):
     for key, x in out.items():
         if isinstance(x, dict) and "share" in x:
             lines.append("| {} | {:.0%} ({:.0%} to {:.0%}) | {:.0%} | {:.0%} | {:+.4f} ({:+.4f} to {:+.4f}) |".format(
-                key, *x["share"], x["equal"], 1 - x["share"][0] - x["equal"], *x["difference"]))
+                key, *x["share"], x["equal"], x["less"][0], *x["difference"]))
     for k, x in out.get("overlap", {}).items():
         lines += [] if lines[-1].startswith("GWHES") else [""]
         lines.append(f"GWHES: of the {k} questions of smallest Delta, {x['overlap']:.0%} are among the {k} of largest GWHES "

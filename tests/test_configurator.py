@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from configurator import configure
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def settings():
@@ -94,3 +98,16 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as e:
         conf("--help")
     assert e.value.code == 0 and "--rate=0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "config").glob("*.py")))
+def test_every_config_is_one_its_script_takes(run, config):
+    """Refused for the data set alone, which is looked at after the settings."""
+    done = run("lld.py" if config.startswith("lld") else "train.py", f"config/{config}", "--dataset=nowhere", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: dataset: 'nowhere' is neither"), done.stderr
+
+
+def test_a_setting_that_is_empty_by_default_takes_all_words_up_to_the_next_flag():
+    script = dict(files=(), n=1)
+    assert configure(script, ["--files", "a.jsonl", "b.jsonl", "--n", "2"]) == dict(files=("a.jsonl", "b.jsonl"), n=2)
+    assert configure(dict(files=(), n=1), ["--files=('a',)"])["files"] == ("a",)
