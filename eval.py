@@ -20,7 +20,7 @@ import sys
 import numpy as np
 
 from configurator import configure, die, is_rank0, print0, save_config
-from grader import clean, last_boxed, number, spelling
+from grader import vote
 from rollout import (STYLES, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems, load_tokenizer,
                      load_weights, write_jsonl)  # before torch: it sets its threads
 
@@ -64,7 +64,7 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def maj_at_k(answers, correct, k, seed=0, draws=1000):
+def maj_at_k(answers, correct, k, seed=0, draws=100):
     """Probability that the most frequent answer of k responses is correct.
 
     answers: n hashables, None for no answer, which never wins; correct: n bools. Ties share the vote. k = n: exactly;
@@ -100,20 +100,17 @@ def mcnemar(only_a, only_b):
 
 
 def summarize(rows, n, seed=0):
-    """A set's figures from its rows (problem i's n responses at i n to i n + n)."""
+    """A set's figures from its rows (problem i's n responses at i n to i n + n), with 95% intervals over problems."""
     correct = np.array([r["correct"] for r in rows], dtype=float).reshape(-1, n)                # (P, n)
-    boxes = [None if r["truncated"] else last_boxed(r["response"]) for r in rows]
-    answers = [None if b is None else spelling(b) if number(b) is None else number(b)
-               for b in (b and clean(b) for b in boxes)]  # votes are counted by value for numbers, by spelling for others
-    figures = dict(accuracy=float(correct.mean()), interval=bootstrap([correct.mean(1)], seed), problems=len(correct),
-                   responses=len(rows), mean_length=float(np.mean([r["tokens"] for r in rows])),
-                   truncated=float(np.mean([r["truncated"] for r in rows])))
-    ks = [2**i for i in range(1, n.bit_length()) if 2**i <= n] + ([n] if n & (n - 1) else [])
-    for k in ks:
-        figures[f"pass@{k}"] = float(np.mean([pass_at_k(n, int(c), k) for c in correct.sum(1)]))
-        figures[f"maj@{k}"] = float(np.mean([maj_at_k(answers[i * n:i * n + n], correct[i], k, seed)
-                                             for i in range(len(correct))]))
-    return figures
+    by_problem = {"accuracy": correct.mean(1)}                                                  # name: (P,)
+    for k in [2**i for i in range(1, n.bit_length()) if 2**i <= n] + ([n] if n & (n - 1) else []):
+        by_problem[f"pass@{k}"] = [pass_at_k(n, int(c), k) for c in correct.sum(1)]
+        by_problem[f"maj@{k}"] = [maj_at_k([r["vote"] for r in rows[i * n:i * n + n]], correct[i], k, seed)
+                                  for i in range(len(correct))]
+    return dict({name: float(np.mean(x)) for name, x in by_problem.items()},
+                intervals={name: bootstrap([x], seed) for name, x in by_problem.items()},
+                problems=len(correct), responses=len(rows), mean_length=float(np.mean([r["tokens"] for r in rows])),
+                truncated=float(np.mean([r["truncated"] for r in rows])), by_problem=correct.mean(1).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,11 +168,11 @@ def fingerprint(folder):
     if not os.path.isdir(folder):
         return None
     return [[name, os.path.getsize(p), os.stat(p).st_mtime_ns] for name in sorted(os.listdir(folder))
-            if name.endswith((".safetensors", ".bin")) for p in [os.path.join(folder, name)]]
+            if name.endswith(".safetensors") for p in [os.path.join(folder, name)]]
 
 
-def finished(path, settings, n):
-    """Rows of whole problems from an earlier evaluation with these settings: {problem index: [n rows]}."""
+def finished(path, settings, problems):
+    """Rows of whole problems from an earlier evaluation with these settings, of any number of problems: {index: [n rows]}."""
     try:
         saved, rows = read_responses(path)
     except (OSError, ValueError):
@@ -183,7 +180,8 @@ def finished(path, settings, n):
     groups = {}
     for row in rows if saved == json.loads(json.dumps(settings)) else ():
         groups.setdefault(row["index"], []).append(row)
-    return {i: g for i, g in groups.items() if len(g) == n}
+    return {i: g for i, g in groups.items() if len(g) == settings["n"] and i < len(problems)
+            and all((r["problem"], r["answer"]) == (problems[i]["problem"], problems[i]["answer"]) for r in g)}
 
 
 def start_file(path, settings, done):
@@ -197,6 +195,21 @@ def start_file(path, settings, done):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what to evaluate
+
+def check_weights(folder):
+    """Raise unless a Hugging Face folder has all of its .safetensors files and they can be opened."""
+    from safetensors import safe_open
+
+    names = {f for f, *_ in fingerprint(folder)}
+    if os.path.isfile(index := os.path.join(folder, "model.safetensors.index.json")):
+        with open(index) as f:
+            names |= set(json.load(f)["weight_map"].values())
+    if not names:
+        raise ValueError("no .safetensors file")
+    for name in names:
+        with safe_open(os.path.join(folder, name), "pt") as f:
+            f.keys()
+
 
 def find_models(ckpt):
     """[(label, folder or hub id), ...], a run's checkpoints oldest first. Ends the program if there is nothing whole."""
@@ -216,13 +229,7 @@ def find_models(ckpt):
             if os.path.isfile(os.path.join(folder, "trainer_state.json")):
                 check_checkpoint(folder)
             elif os.path.isdir(folder):
-                from safetensors import safe_open
-                weights = [f for f, *_ in fingerprint(folder)]
-                if not weights:
-                    raise ValueError("no .safetensors or .bin file")
-                for name in weights:
-                    if name.endswith(".safetensors"):
-                        safe_open(os.path.join(folder, name), "pt").keys()
+                check_weights(folder)
         except Exception as e:  # whatever is wrong with it
             if len(found) == 1:
                 die(f"ckpt: cannot read {folder}: {e}")
@@ -238,51 +245,55 @@ def plan(models):
     """Every evaluation to do, a dict each, with problems, prompts, settings and file; ends the program on bad input."""
     spec = PROTOCOLS.get(protocol, {})
     counts = {name: k for sets in spec.get("averages", {}).values() for name, k in sets.items()}
-    loaded, tokenizers, jobs = {}, {}, []
+    loaded, shapes, jobs = {}, set(), []
     for label, folder in models:
         run = {}
         if os.path.isfile(os.path.join(folder, "run_config.json")):
             with open(os.path.join(folder, "run_config.json")) as f:
                 run = json.load(f)
         own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
+        asked = {} if protocol else run  # a protocol asks every model in the same way
         home = out_dir
         if home is None:
             parent = ckpt if not os.path.isfile(os.path.join(ckpt, "config.json")) else os.path.dirname(os.path.abspath(folder))
             home = os.path.join(parent, "eval") if os.path.isdir(ckpt) and run else os.path.join("out", "eval")
-        tokenizer, hf_config = tokenizers[folder] = load_tokenizer(folder, "ckpt")
+        tokenizer, hf_config = load_tokenizer(folder, "ckpt")
         if hf_config.num_attention_heads % tensor_parallel:
             die(f"tensor_parallel: {tensor_parallel} does not divide the {hf_config.num_attention_heads} attention heads of {folder}")
         for name in (data.split(",") if data else list(counts) or [own]):
-            limit = max_problems or (run["eval_problems"] if run and name == own and not data else None)
+            limit = max_problems or (run["eval_problems"] if run and not data and not protocol else None)
             if name not in loaded:
                 loaded[name] = load_problems(name, "test", "data", data_dir or run.get("data_dir"))
             problems = loaded[name][:limit]
-            style = name if any("n_choices" in row for row in problems) else run.get("dataset", name)
-            prompts = encode_prompts(tokenizer, problems, style, run.get("system_prompt") if system_prompt is None else
-                                     system_prompt, run.get("few_shot") if few_shot is None else few_shot)
+            style = name if any("n_choices" in row for row in problems) else asked.get("dataset", name)
+            prompts = encode_prompts(tokenizer, problems, style, asked.get("system_prompt") if system_prompt is None else
+                                     system_prompt, asked.get("few_shot") if few_shot is None else few_shot)
             k = n or counts.get(name, 1)
             heat = spec.get("temperature", 0.0) if temperature is None else temperature
             if k > 1 and heat == 0:
                 die(f"n: {k} greedy responses are all the same; give a temperature")
             room = hf_config.max_position_embeddings
-            length = max_response_tokens or run.get("max_response_tokens") or spec.get("max_response_tokens") \
+            length = max_response_tokens or asked.get("max_response_tokens") or spec.get("max_response_tokens") \
                 or STYLES.get(name, {}).get("max_response_tokens", 2048)
             if not max_response_tokens and 0 < (fits := room - max(map(len, prompts))) < length:
                 print0(f"note: {name}: responses of {fits} tokens at most, the rest of the model's context of {room}")
                 length = fits
             context = check_lengths(prompts, length, room, f"data {name}")
             stem = os.path.basename(name).removesuffix(".jsonl")
-            settings = dict(ckpt=folder, data=name, n=k, temperature=heat, top_p=top_p, max_response_tokens=length, seed=seed,
-                            problems=len(problems), weights=fingerprint(folder), prompts=hashlib.sha256(
-                                b" ".join(p.tobytes() for p in prompts)).hexdigest()[:16])
+            settings = dict(ckpt=os.path.abspath(folder) if os.path.isdir(folder) else folder, weights=fingerprint(folder),
+                            data=name, n=k, temperature=heat, top_p=top_p, max_response_tokens=length, seed=seed,
+                            prompt=hashlib.sha256(prompts[0].tobytes()).hexdigest()[:16])  # of the first problem
             path = os.path.join(home, label, f"{stem}_n{k}_t{heat:g}.jsonl")
+            if any(j["path"] == path for j in jobs):
+                die(f"data: responses to two sets would go to {path}; rename one")
             jobs.append(dict(label=label, folder=folder, name=name, home=home, problems=problems, prompts=prompts, n=k,
                              temperature=heat, length=length, context=context, path=path, settings=settings,
-                             tokenizer=tokenizer, config=hf_config, done=finished(path, settings, k)))
-    shapes = {json.dumps([getattr(c, a, None) for a in ("architectures", "hidden_size", "num_hidden_layers", "vocab_size")])
-              for _, c in tokenizers.values()}
+                             tokenizer=tokenizer, done=finished(path, settings, loaded[name])))
+        shapes.add(json.dumps({k: v for k, v in sorted(hf_config.to_dict().items()) if k not in (
+            "_name_or_path", "transformers_version", "dtype", "torch_dtype")}, default=str))
     if len(shapes) > 1:
-        die(f"ckpt: {ckpt} holds models of different shapes, which cannot share an engine; evaluate them one by one")
+        die(f"ckpt: {ckpt} holds {len(shapes)} kinds of models (config.json), which cannot share an engine: "
+            f"{', '.join(folder for _, folder in models)}; evaluate them one by one")
     return jobs
 
 
@@ -295,16 +306,17 @@ def run_job(engine, job):
         start_file(job["path"], job["settings"], job["done"])
     engines = int(os.environ["WORLD_SIZE"]) // tensor_parallel
     chunk = max(1, save_every * engines // job["n"])
-    bar = tqdm(total=len(job["problems"]) * job["n"], initial=len(job["done"]) * job["n"], unit="response",
+    bar = tqdm(total=len(job["problems"]) * job["n"], initial=(len(job["problems"]) - len(todo)) * job["n"], unit="response",
                desc=f"{job['label']} {os.path.basename(job['name'])}", disable=not is_rank0())
     for a in range(0, len(todo), chunk):
         some = todo[a:a + chunk]
         groups = generate_all_ranks(
             engine, job["tokenizer"], [job["problems"][i] for i in some], [job["prompts"][i] for i in some],
             tensor_parallel=tensor_parallel, n=job["n"], temperature=job["temperature"], top_p=top_p,
-            max_response_tokens=job["length"], progress=True, seeds=[seed * 1_000_003 + i for i in some])
+            max_response_tokens=job["length"], progress=True, seeds=[(seed * 1_000_003 + i) * 2**16 for i in some])  # vLLM counts on from it
         rows = [[dict(index=i, sample=k, problem=g["problem"], answer=g["answer"], response=g["texts"][k],
-                      correct=bool(g["rewards"][k]), truncated=bool(g["truncated"][k]), tokens=len(g["responses"][k]))
+                      vote=None if g["truncated"][k] else vote(g["texts"][k], job["problems"][i]), tokens=len(g["responses"][k]),
+                      correct=bool(g["rewards"][k]), truncated=bool(g["truncated"][k]))
                  for k in range(job["n"])] for i, g in zip(some, groups)]
         if is_rank0():
             with open(job["path"], "a", encoding="utf-8") as f:
@@ -312,33 +324,36 @@ def run_job(engine, job):
         job["done"] |= zip(some, rows)
         bar.update(len(some) * job["n"])
     bar.close()
-    return [row for i in sorted(job["done"]) for row in job["done"][i]]
+    return [row for i in range(len(job["problems"])) for row in job["done"][i]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what it came to
 
 def tables(results):
-    """Markdown of results [{"model", "data", figures...}, ...]: a line a model and set, and the protocol's row a model."""
-    lines = ["| model | set | n | T | accuracy | 95% interval | pass@k, maj@k | length | truncated |", "|---|" + "---|" * 8]
+    """Markdown of results [{"model", "data", figures...}, ...]: a line a model and set; for protocols a row a model."""
+    lines = ["| model | set | problems x n | T | accuracy (95%) | pass@k, maj@k (95%) | length | truncated |", "|---|" + "---|" * 7]
+
+    def cell(r, name):
+        return f"{100 * r[name]:.1f} ({100 * r['intervals'][name][0]:.1f} to {100 * r['intervals'][name][1]:.1f})"
+
     for r in results:
-        more = ", ".join(f"{k} {100 * v:.1f}" for k, v in r.items() if "@" in k)
-        lines.append(f"| {r['model']} | {r['data']} | {r['n']} | {r['temperature']:g} | {100 * r['accuracy']:.1f} | "
-                     f"{100 * r['interval'][0]:.1f} to {100 * r['interval'][1]:.1f} | {more} | {r['mean_length']:.1f} | "
-                     f"{100 * r['truncated']:.1f}% |")
-    if protocol:
-        columns = [c for average, sets in PROTOCOLS[protocol]["averages"].items() for c in (*sets, average)]
-        lines += ["", f"| {protocol} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-        for model in dict.fromkeys(r["model"] for r in results):
-            mine = {r["data"]: r for r in results if r["model"] == model}
+        more = ", ".join(f"{k} {cell(r, k)}" for k in r["intervals"] if "@" in k)
+        lines.append(f"| {r['model']} | {r['data']} | {r['problems']} x {r['n']} | {r['temperature']:g} | {cell(r, 'accuracy')} | "
+                     f"{more} | {r['mean_length']:.1f} | {100 * r['truncated']:.1f}% |")
+    for name, spec in PROTOCOLS.items():
+        mine = {(r["model"], r["data"]): r for r in results if r["protocol"] == name}
+        if mine:
+            columns = [c for average, sets in spec["averages"].items() for c in (*sets, average)]
+            lines += ["", f"| {name} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+        for model in dict.fromkeys(model for model, _ in mine):
             cells = []
-            for sets in PROTOCOLS[protocol]["averages"].values():
-                cells += [f"{100 * mine[s]['accuracy']:.2f}" if s in mine else "-" for s in sets]
-                whole = all(s in mine for s in sets)
-                cells.append(f"{100 * np.mean([mine[s]['accuracy'] for s in sets]):.2f}" if whole else "-")
-                if whole:
-                    low, high = bootstrap([mine[s]["by_problem"] for s in sets])
-                    cells[-1] += f" ({100 * low:.2f} to {100 * high:.2f})"
+            for sets in spec["averages"].values():
+                rows = [mine.get((model, s)) for s in sets]
+                cells += [f"{100 * r['accuracy']:.2f}" if r else "-" for r in rows] + ["-"]
+                if all(rows):
+                    low, high = bootstrap([r["by_problem"] for r in rows])
+                    cells[-1] = f"{100 * np.mean([r['accuracy'] for r in rows]):.2f} ({100 * low:.2f} to {100 * high:.2f})"
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -360,7 +375,7 @@ def plot_steps(results, path):
     for (run, name, k, heat), points in lines.items():
         steps, rows = zip(*sorted(points, key=lambda p: p[0]))
         ax.plot(steps, [r["accuracy"] for r in rows], marker="o", label=f"{run} {name}, n {k}, T {heat:g}".strip())
-        ax.fill_between(steps, *zip(*(r["interval"] for r in rows)), alpha=0.15)
+        ax.fill_between(steps, *zip(*(r["intervals"]["accuracy"] for r in rows)), alpha=0.15)
     ax.set_xlabel("step")
     ax.set_ylabel("accuracy, 95% interval")
     ax.grid(alpha=0.3)
@@ -372,7 +387,7 @@ def plot_steps(results, path):
 
 def report(results, home):
     """results.json (with what earlier evaluations left there), results.md and accuracy.png in the folder `home`."""
-    path, key = os.path.join(home, "results.json"), lambda r: [r[k] for k in ("model", "data", "n", "temperature")]
+    path, key = os.path.join(home, "results.json"), lambda r: [r[k] for k in ("model", "data", "protocol", "n", "temperature")]
     try:
         with open(path) as f:
             earlier = [r for r in json.load(f) if key(r) not in list(map(key, results))]
@@ -400,6 +415,8 @@ if __name__ == "__main__":
         die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
     if dtype not in ("auto", "float32", "bfloat16"):
         die(f"dtype: {dtype!r} is none of auto, float32, bfloat16")
+    if seed < 0:
+        die(f"seed: {seed} is negative")
     if protocol is not None and protocol not in PROTOCOLS:
         die(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) % tensor_parallel:
@@ -411,10 +428,13 @@ if __name__ == "__main__":
     from model_utils import setup_distributed
 
     device = setup_distributed()
-    dist.barrier()  # every rank has read what there was
+    found = [[job["done"] for job in jobs]]
+    dist.broadcast_object_list(found)  # what rank 0 has read: all ranks must agree on what is left to do
+    for job, job["done"] in zip(jobs, found[0]):
+        pass
     engine, inside, results = None, None, []  # inside: the folder whose weights the engine has
     for job in jobs:
-        if len(job["done"]) < len(job["problems"]):
+        if any(i not in job["done"] for i in range(len(job["problems"]))):
             if engine is None:
                 auto = "bfloat16" if device.type == "cuda" else "float32"
                 engine = build_engine(job["folder"], max(j["context"] for j in jobs), seed, auto if dtype == "auto" else dtype,
@@ -424,9 +444,8 @@ if __name__ == "__main__":
             inside = job["folder"]
         rows = run_job(engine, job)
         if is_rank0():
-            correct = np.array([r["correct"] for r in rows], dtype=float).reshape(-1, job["n"])
-            r = dict(model=job["label"], data=job["name"], n=job["n"], temperature=job["temperature"],
-                     **summarize(rows, job["n"], seed), settings=job["settings"], by_problem=correct.mean(1).tolist())
+            r = dict(model=job["label"], data=job["name"], protocol=protocol, n=job["n"], temperature=job["temperature"],
+                     **summarize(rows, job["n"], seed), settings=job["settings"])
             results.append(r)
             report([r for r, j in zip(results, jobs) if j["home"] == job["home"]], job["home"])
             print0(f"{job['folder']} on {job['name']}: accuracy {r['accuracy']:.1%} ({r['problems']} problems x {r['n']}, "

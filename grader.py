@@ -104,6 +104,8 @@ def split_unit(text):
         return text, ""
     if names == ["percent"]:
         return text[:match.start()] + "%", ""
+    if len(match[2]) == 1 and match[4] is None and number(text[:match.start()].strip("% ")) is None:
+        return text, ""  # a variable, as in \\pi r^2 h
     powers = match[3] or {"s": "2", "c": "3"}.get(match[1][:1], ""), match[5] or ""
     unit = "/".join(name + power for name, power in zip(names, powers))
     return text[:match.start()].strip(), {"mi/h": "mph"}.get(unit, unit)
@@ -340,7 +342,9 @@ def _ask(pair):
     worker, reply = _worker(), b""
     try:
         worker.stdin.write(json.dumps(pair).encode() + b"\n")
-        if select.select([worker.stdout], [], [], SECONDS)[0]:
+        poll = select.poll()
+        poll.register(worker.stdout, select.POLLIN)
+        if poll.poll(1000 * SECONDS):
             reply = worker.stdout.readline()
     except BrokenPipeError:
         pass
@@ -351,11 +355,20 @@ def _ask(pair):
     return reply in (b"1\n", b"3\n")
 
 
-def grade_choice(boxed, problem):
-    """Multiple choice: does the box name the letter (or the number, where choices are numbered) of the answer?"""
-    match = re.match(r"\(?([A-Za-z]|\d{1,2})(?:$|[).:])", clean(boxed))
-    names = {str(problem[key]).strip().upper() for key in ("answer", "answer_letter") if problem.get(key)}
-    return match is not None and match[1].upper() in names
+def choice(boxed):
+    """The letter (or the number, where choices are numbered) that a box names, upper case, or None."""
+    match = re.match(r"\(?([A-Za-z]|\d{1,2})(?:$|[).:])", clean(boxed[:LONGEST]))
+    return match and match[1].upper()
+
+
+def vote(text, problem):
+    """What a response stands for in a majority vote: a letter, a number's value or an answer's spelling; None: no answer."""
+    boxed = last_boxed(text)
+    if not boxed or len(boxed) > LONGEST:
+        return None
+    answer = clean(boxed)
+    value = number(answer)
+    return choice(boxed) if problem.get("n_choices") else spelling(answer) if value is None else str(value)
 
 
 def grade_all(items, progress=False):
@@ -372,7 +385,8 @@ def grade_all(items, progress=False):
             continue
         gold = str(problem["answer"])
         if problem.get("n_choices"):
-            verdicts[i] = grade_choice(boxed[:LONGEST], problem)
+            names = {str(problem[key]).strip().upper() for key in ("answer", "answer_letter") if problem.get(key)}
+            verdicts[i] = choice(boxed) in names
         elif max(len(boxed), len(gold)) > LONGEST:
             verdicts[i] = boxed.strip() == gold.strip()
         else:

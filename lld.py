@@ -60,7 +60,8 @@ pages = 8                     # questions in tokens.html, those of smallest Delt
 config = configure(globals())
 
 KNOWN = dict(variants=("grpo", "pos_only", "random", "nthr"), optimizer=("adamw", "sgd"), nthr_vocab=("response", "full"),
-             split=("train", "test"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"))
+             split=("train", "test"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"),
+             compute_dtype=("auto", "float32", "bfloat16"), rollout_dtype=("auto", "float32", "bfloat16"))
 for key, known in KNOWN.items():
     for value in config[key] if key == "variants" else (config[key],):
         if value not in known:
@@ -71,9 +72,13 @@ if nthr_eta not in ("2|0.5-p|", "p", "1-p") and (isinstance(nthr_eta, bool) or n
     die(f"nthr_eta: {nthr_eta!r} is neither a number nor one of 2|0.5-p|, p, 1-p")
 if math.isnan(nthr_beta) or nthr_beta == math.inf:
     die(f"nthr_beta: {nthr_beta} is neither a number nor -inf")
-for key in ("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch"):
+for key in ("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch",
+            "max_num_seqs"):
     if not config[key] > 0:
         die(f"{key}: {config[key]} is too small")
+for key in ("seed", "grad_clip", "weight_decay", "pages"):
+    if config[key] < 0:
+        die(f"{key}: {config[key]} is negative")
 if group_size < 2 or oversample < 1:
     die(f"group_size: {group_size}, oversample: {oversample}: at least 2 and 1")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):
@@ -129,8 +134,9 @@ def begin(name, keys, rows):
     write_jsonl(path, [{k: config[k] for k in keys}] + rows)
 
 
-groups, done = saved("groups.jsonl", of_groups), saved("questions.jsonl", of_groups + tuple(of_rows)) or []
-dist.barrier()  # every rank has read
+found = [saved("groups.jsonl", of_groups), saved("questions.jsonl", of_groups + tuple(of_rows)) or []]
+dist.broadcast_object_list(found)  # what rank 0 has read: all ranks must agree on what is left to do
+groups, done = found
 engine = None
 if groups is None:
     engine = build_engine(model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype, gpu_memory_utilization,

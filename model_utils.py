@@ -216,11 +216,11 @@ def balance(groups, world_size):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """transformers' attention hook for a packed MicroBatch. query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    flash-attn on CUDA: one varlen call in which each segment's queries meet the keys that lead to it and its own (its
+    flash-attn on CUDA, which has no float32: one varlen call in which each segment's queries meet the keys that lead to it and its own (its
     causal mask is aligned to the last key). Otherwise SDPA, a tree or a few short ones at a time, so that no token pays for
     all others.
     """
-    if query.is_cuda and flash_attn_varlen_func is not None:
+    if query.is_cuda and flash_attn_varlen_func is not None and query.dtype in (torch.bfloat16, torch.float16):
         k, v = key[0].transpose(0, 1)[layout.kv_index], value[0].transpose(0, 1)[layout.kv_index]
         out = flash_attn_varlen_func(query[0].transpose(0, 1), k, v, layout.cu_q, layout.cu_k, layout.max_q,
                                      layout.max_k, softmax_scale=scaling, causal=True)  # (T, H, D)

@@ -153,6 +153,10 @@ scored = variant in ("nthr", "random")  # variants that select tokens by NTHR's 
 on_cuda = device.type == "cuda"
 auto = "bfloat16" if on_cuda else "float32"
 torch.manual_seed(seed)
+counts = [None] * world_size
+dist.all_gather_object(counts, len(train_problems))
+if len(set(counts)) > 1:  # one could not read an evaluation set from the hub
+    die(f"dataset: the ranks have different numbers of training problems: {counts}")
 if is_rank0():
     open_run(out_dir, start and start_state["step"])
     save_config(config, os.path.join(out_dir, "run_config.json"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import rollout
+from grader import vote
 
 evaluation = importlib.import_module("eval")
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -59,25 +60,44 @@ def test_a_hand_made_table():
     """Three problems, four responses each."""
     boxes = [["1", "1", "2", "1"], ["5", "4", "4", "\\frac{8}{2}"], ["9", "9", "9", "9"]]
     right = [[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
-    rows = [dict(response=f"\\boxed{{{b}}}", correct=bool(c), truncated=i == 2, tokens=10 + i)
+    rows = [dict(vote=None if i == 2 else vote(f"\\boxed{{{b}}}", {}), correct=bool(c), truncated=i == 2, tokens=10 + i)
             for i in range(3) for b, c in zip(boxes[i], right[i])]
     s = evaluation.summarize(rows, 4)
     assert s["accuracy"] == pytest.approx(4 / 12) and s["problems"] == 3 and s["responses"] == 12
     assert s["mean_length"] == pytest.approx(11) and s["truncated"] == pytest.approx(1 / 3)
     assert s["pass@2"] == pytest.approx((1 + 1 / 2 + 0) / 3) and s["pass@4"] == pytest.approx(2 / 3)
+    assert s["by_problem"] == [0.75, 0.25, 0] and s["intervals"]["accuracy"] == evaluation.bootstrap([s["by_problem"]])
     assert s["maj@4"] == pytest.approx(1 / 3)  # 4 wins the second in two spellings; cut-off answers have no vote
 
 
 def test_responses_of_other_settings_are_kept_beside_the_new_ones(tmp_path):
     path, settings = str(tmp_path / "sub" / "set.jsonl"), dict(n=2, seed=0, weights=[["model.safetensors", 1, 2]])
-    rows = {i: [dict(index=i, sample=k, problem=f"p{i}", correct=True) for k in range(2)] for i in (3, 1)}
+    problems = [dict(problem=f"p{i}", answer="1") for i in range(4)]
+    rows = {i: [dict(problems[i], index=i, sample=k, correct=True) for k in range(2)] for i in (3, 1)}
     evaluation.start_file(path, settings, {})
     evaluation.start_file(path, settings, rows)
-    assert evaluation.finished(path, settings, 2) == rows
+    assert evaluation.finished(path, settings, problems) == rows
+    problems[1] = dict(problem="p1", answer="2")  # the set has changed there
+    assert evaluation.finished(path, settings, problems) == {3: rows[3]}
     first = open(path).read()
-    assert evaluation.finished(path, settings | dict(seed=1), 2) == {}
+    assert evaluation.finished(path, settings | dict(seed=1), problems) == {}
     evaluation.start_file(path, settings | dict(seed=1), {})
     assert open(tmp_path / "sub" / "set.old_1.jsonl").read() == first and open(path).read().count("\n") == 1
+
+
+def test_table_of_a_protocol():
+    def result(model, data, n, accuracy, protocol="nthr"):
+        values = [1.0] * round(10 * accuracy) + [0.0] * round(10 * (1 - accuracy))
+        return dict(model=model, data=data, protocol=protocol, n=n, temperature=0.0, accuracy=accuracy, problems=10,
+                    by_problem=values, intervals=dict(accuracy=(0.0, 1.0)), mean_length=1.0, truncated=0.0)
+    sets = list(evaluation.PROTOCOLS["nthr"]["averages"]["Avg"])
+    results = [result("a", s, 1, x / 10) for s, x in zip(sets, (0, 1, 5, 3, 2))]
+    results += [result("b", s, 8, 0.9, None) for s in sets] + [result("c", "math500", 1, 0.4)]
+    text = evaluation.tables(results)
+    row, = [line for line in text.splitlines() if line.startswith("| a | 0.00")]
+    assert row.startswith("| a | 0.00 | 10.00 | 50.00 | 30.00 | 20.00 | 22.00 (")
+    assert "| c | - | - | 40.00 | - | - | - |" in text  # no average of some of the sets
+    assert "| b | -" not in text and "| b | 90.00" not in text  # other settings are no row of the protocol
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run):
     assert [r["model"] for r in results] == ["step_000001", "step_000002", "step_000003"]
     assert [r["accuracy"] for r in results] == [r["eval/accuracy"] for r in rows(out / "metrics.jsonl")
                                                 if "eval/accuracy" in r][1:]
-    assert all(r["problems"] == 8 and r["interval"][0] <= r["accuracy"] <= r["interval"][1] for r in results)
-    assert done.stdout.count("| arithmetic | 1 | 0 |") == 3 == (out / "eval" / "results.md").read_text().count("| arithmetic |")
+    assert all(r["problems"] == 8 and r["intervals"]["accuracy"][0] <= r["accuracy"] <= r["intervals"]["accuracy"][1] for r in results)
+    assert done.stdout.count("| arithmetic | 8 x 1 | 0 |") == 3 == (out / "eval" / "results.md").read_text().count("| arithmetic |")
     assert (out / "eval" / "accuracy.png").stat().st_size > 5000
     settings, *responses = rows(out / "eval" / "step_000003" / "arithmetic_n1_t0.jsonl")
     assert settings["n"] == 1 and len(responses) == 8 and {"problem", "answer", "response", "correct"} <= responses[0].keys()
@@ -211,6 +211,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         ([f"--ckpt={model_dir}", "--n=4"], "temperature"),
         (["--protocol=grpo"], "nthr, dagrpo"),
         (["--tensor_parallel=2"], "tensor_parallel: 2"),
+        (["--seed=-1"], "seed"),
         (["--chkpt=x"], "'ckpt'"),
     ]
     refused = pool.map(lambda case: run("eval.py", *case[0], check=False, HF_HUB_OFFLINE="1"), cases)
