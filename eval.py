@@ -255,7 +255,7 @@ def plan(models):
         asked = {} if protocol else run  # a protocol asks every model in the same way
         home = out_dir
         if home is None:
-            parent = ckpt if not os.path.isfile(os.path.join(ckpt, "config.json")) else os.path.dirname(os.path.abspath(folder))
+            parent = ckpt if not os.path.isfile(os.path.join(ckpt, "config.json")) else os.path.dirname(os.path.normpath(folder))
             home = os.path.join(parent, "eval") if os.path.isdir(ckpt) and run else os.path.join("out", "eval")
         tokenizer, hf_config = load_tokenizer(folder, "ckpt")
         if hf_config.num_attention_heads % tensor_parallel:
@@ -391,7 +391,7 @@ def report(results, home):
     try:
         with open(path) as f:
             earlier = [r for r in json.load(f) if key(r) not in list(map(key, results))]
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         earlier = []
     everything = earlier + results
     save_config(everything, path)
