@@ -3,8 +3,8 @@ r"""Is the last `\boxed{}` of a response the reference answer?
     grade_all([("... so \\boxed{\\frac{1}{2}}.", {"answer": "0.5"}), ...])      # [True, ...]
 
 Spelling first, here and at once (`quick`). What that leaves open goes to math-verify in worker processes, which have two
-seconds an answer and are killed and replaced when they do not keep them: a response may be `9^{9^{9^9}}`. A worker is this
-file run as a program, so nothing is forked (CUDA may be up) and no signal is needed here (any thread may call).
+seconds of processor time an answer, end when they do not keep them, and are replaced: a response may be `9^{9^{9^9}}`. A
+worker is this file run as a program, so nothing is forked (CUDA may be up) and no signal is needed here (any thread may call).
 
 An answer is a number, a word, a formula, or several of these: `(1,2)` is ordered, `1,2` and `\{1,2\}` are not, and `[1,2]` is
 not `(1,2)`. `equal` takes it apart, math-verify compares the pieces.
@@ -22,7 +22,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-SECONDS = 2           # a worker has for one answer
+SECONDS = 2           # of processor time that a worker has for one answer
 LONGEST = 2000        # characters of an answer; the longest reference answer of the papers' sets has 217
 WORKER_BYTES = 2**31  # address space of a worker
 WORKER_RESIDENT_KIB = 2**20  # a worker that has grown past this is replaced
@@ -46,15 +46,17 @@ def last_boxed(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # one spelling
 
-SWAPS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"), ("{,}", ","), ("\\%", "%"), ("**", "^"),
+SWAPS = (("\\leqslant", "\\le"), ("\\geqslant", "\\ge"), ("\\leqq", "\\le"), ("\\geqq", "\\ge"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"), ("\\%", "%"), ("{10}^", "10^"), ("\\ast", "*"),
+         ("^{\\prime}", "'"), ("^\\prime", "'"), ("\\approx", ""), ("\\checkmark", ""), ("\u00b2", "^2"), ("\u00b3", "^3"), ("**", "^"),
          ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\neq", "\\ne"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("np.", ""),
          ("\\degree", "^\\circ"), ("\u00b0", "^\\circ"), ("\u2212", "-"), ("\u2013", "-"), ("\u03c0", "\\pi"),
          ("\u221e", "\\infty"), ("\u00d7", "\\times"), ("\u00b7", "\\cdot"), ("\u2264", "\\le"), ("\u2265", "\\ge"),
          ("\u00b1", "\\pm"), ("\u222a", "\\cup"), ("\u00a0", " "), ("\\varnothing", "\\emptyset"))
 SPACE = re.compile(r"\\\\|\\(?:[,!;: ]|quad\b|qquad\b)|~")
+SEPARATED = re.compile(r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))")  # 10{,}000
 FUNCTION = re.compile(r"(?<![\\a-zA-Z])(pi|arcsin|arccos|arctan|sin|cos|tan|ln|log|exp)(?![a-zA-Z])")
 SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![a-zA-Z])")
-TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|mathit|mathsf|operatorname|hbox)\s*\{([^{}]*)\}")
+TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|textrm|textnormal|mathit|mathsf|operatorname|hbox)\s*\{([^{}]*)\}")
 DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 SHORT_FRAC = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d|\{[^{}]*\})")
 SHORT_SQRT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))")
@@ -62,12 +64,13 @@ SHORT_SQRT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z]))")
 
 def clean(answer):
     r"""One spelling for what differs only in LaTeX dressing: sizes, spaces, dollars, `\text{}`, `\frac12`. str -> str."""
-    text = answer.strip()
+    text = SEPARATED.sub("", answer.strip())
     for old, new in SWAPS:
         text = text.replace(old, new)
+    text = text.replace("{,}", ",")
     text = SIZE.sub("", text).replace("\\$", "").replace("$", "")
     text = SPACE.sub(lambda m: {"\\\\": m[0], "\\!": "", "\\,": ""}.get(m[0], " "), text)
-    text = TEXT.sub(r" \1 ", TEXT.sub(r" \1 ", DEGREES.sub(" degrees ", text)))
+    text = TEXT.sub(_in_text, TEXT.sub(_in_text, DEGREES.sub(" degrees ", text)))
     text = FUNCTION.sub(r"\\\1", re.sub(r"(?<![\\a-zA-Z])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text))
     if "\\begin" not in text:
         text = re.sub(r"\\[()\[\]]", "", text)
@@ -77,9 +80,17 @@ def clean(answer):
     return text[:-1].strip() if text.endswith(".") else text
 
 
+def _in_text(match):
+    r"""The content of a text command; a one-letter unit spelled out, since \text{ m} is metres and m may be a variable."""
+    word = match[1].strip()
+    return f" {LONG.get(word, match[1])} "
+
+
 def spelling(text):
-    """What two spellings of a cleaned answer share: no spaces, no case in words, no parentheses around a letter."""
-    text = text.replace(" ", "")
+    """What two spellings of a cleaned answer share: no spaces, no case in words, no braces around one letter of an index,
+    no parentheses around a letter."""
+    text = re.sub(r"\b([apAP])\.? ?[mM]\b", lambda m: m[1].lower() + "m", text)  # 4:40 p.m.
+    text = re.sub(r"(?<=[_^])\{(\w)\}", r"\1", text).replace(" ", "")
     text = re.sub(r"^\(([a-zA-Z])\)$", r"\1", text)
     return text.lower() if re.fullmatch(r"[a-zA-Z'.:\-\d]*[a-zA-Z]{3}[a-zA-Z'.:\-\d]*|[nN][oO]", text) else text
 
@@ -91,16 +102,25 @@ UNITS = {spelled: names.split()[0] for names in (  # a unit may be left out of a
     "min minute minutes", "h hr hrs hour hours", "day days", "week weeks", "month months", "year years", "mph", "rad radians",
     "degree degrees", "dollar dollars", "cent cents", "L liter liters litres", "mL milliliters", "J joules", "N newtons",
     "K kelvin", "W watts", "V volts", "Hz hertz", "Pa", "mol moles", "unit units", "way ways", "times", "people",
-    "percent") for spelled in names.split()}
+    "eV electronvolts", "nm nanometers", "erg ergs", "acre acres", "ohm ohms", "percent") for spelled in names.split()}
+LONG = {unit: next(k for k, v in UNITS.items() if v == unit and k != unit) for unit in UNITS.values() if len(unit) == 1}
+TAIL = re.compile(r"(.*?\S) ([a-zA-Z][a-zA-Z\s/.^{}\\\-\d]*)")
+NO_UNIT = set("or and not more less least most remainder mod hundred thousand million billion dozen to is half".split())
 UNIT = re.compile(r"\s((?:(?:square|sq\.?|cubic)\s)?)([a-zA-Z]+)\s?(?:\^\s?\{?([23])\}?)?"
                   r"(?:\s?(?:/|\bper\b)\s?([a-zA-Z]+)\s?(?:\^\s?\{?([23])\}?)?)?$")
 
 
 def split_unit(text):
-    """("15", "cm2") of a cleaned "15 cm ^2", ("15", "") of "15". A unit stands after a space, as a text command leaves it."""
+    """("15", "cm2") of a cleaned "15 cm ^2", ("15", "") of "15". A unit stands after a space, as a text command leaves it;
+    words after a number are one too (12 apples)."""
     match = UNIT.search(text)
     names = match and [UNITS.get(x) or UNITS.get(x.lower()) for x in (match[2], match[4]) if x]
     if not names or None in names:
+        tail = TAIL.fullmatch(text)
+        words = re.findall(r"[a-zA-Z]+", tail[2]) if tail else []
+        if words and number(tail[1].rstrip("% ")) is not None and not NO_UNIT & set(words) \
+                and all(len(w) > 1 or w in UNITS for w in words):
+            return tail[1], " ".join(w.lower().rstrip("s") for w in words)
         return text, ""
     if names == ["percent"]:
         return text[:match.start()] + "%", ""
@@ -128,9 +148,13 @@ def number(text):
         sign, whole, up, down = (m[1] + m[3], m[2], m[4], m[5]) if m[4] else (m[6], m[7], m[8], m[9])
         value = int(down) and int(whole or 0) + Fraction(int(up), int(down))
         return (-value if sign.count("-") % 2 else value) if int(down) else None
-    text = text.replace(" ", "")
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
+    text = text.replace(" ", "")
+    m = re.fullmatch(r"([+-]?)(\d*)\.(\d*)\\(?:overline|bar)\{(\d+)\}", text)
+    if m:  # 0.1\overline{6}
+        value = (int(m[2] + m[3] or 0) + Fraction(int(m[4]), 10 ** len(m[4]) - 1)) / 10 ** len(m[3])
+        return -value if m[1] == "-" else value
     m = NUMBER.fullmatch(text)
     if m is None:
         return None
@@ -160,10 +184,17 @@ def quick(gold, pred):
         return same_number(g, p / 100) or abs(g) >= 1 and same_number(g, p)  # a percentage asked for as a number
     words = re.compile(r"[a-zA-Z][a-zA-Z' \-]{3,}")
     if words.fullmatch(gold) and words.fullmatch(pred):
-        return spelling(gold) == spelling(pred)
-    base = [re.fullmatch(r"([0-9A-Z]+)_ ?\{?(\d+)\}?", x.replace(" ", "")) for x in (gold, pred)]
+        return len({spelling(re.sub(r"^(?:an?|the) ", "", x, flags=re.I)) for x in (gold, pred)}) == 1
+    if len(gold) == len(pred) == 1 and gold.isalpha() and pred.isalpha():
+        return False  # N is not n
+    base = [re.fullmatch(r"\(?([0-9A-Z]+)\)?_\{?(\d+)\}?", x.replace(" ", "")) for x in (gold, pred)]
     if base[0] and (base[1] or p is not None):  # the base may be left out too
         return base[0][1] == (base[1][1] if base[1] else pred.replace(" ", "")) and (not base[1] or base[0][2] == base[1][2])
+    if base[1] and g is not None:
+        return base[1][2] == "10" and base[1][1].isdigit() and g == int(base[1][1])
+    ratios = [[number(x.strip()) for x in text.split(":")] for text in (gold, pred)]
+    if min(map(len, ratios)) > 1 and all(ratios[0] + ratios[1]):
+        return [x / ratios[0][0] for x in ratios[0]] == [x / ratios[1][0] for x in ratios[1]]
     return None
 
 
@@ -231,6 +262,9 @@ def equal(gold, pred, depth=0):
     sides = [LEFT_SIDE.match(x) for x in (gold, pred)]
     if bool(sides[0]) != bool(sides[1]) and "=" not in (pred if sides[0] else gold):  # x = 5 is 5, but not y = 5
         return equal(*(x[m.end():] if m else x for x, m in zip((gold, pred), sides)), depth + 1)
+    chain = [number(x.strip()) for x in re.sub(r"^[a-zA-Z] ?=", "", pred).split("=")]
+    if "=" in pred and gold.count("=") < 2 and None not in chain and len(set(chain)) > 1:
+        return False  # 1 = 7 is not 7
     (kind, parts), (pred_kind, pred_parts) = pieces(gold), pieces(pred)
     if kind != "one" or pred_kind != "one":
         if len(parts) == len(pred_parts) == 1 and {kind, pred_kind} <= {"one", "()", "{}", ""}:
@@ -261,18 +295,40 @@ def equal(gold, pred, depth=0):
 
 
 def same_formula(gold, pred):
-    """math-verify on two LaTeX formulas. It rounds to six decimals, so small numbers are compared once more."""
-    from math_verify import parse, verify
+    """math-verify on two LaTeX formulas; where it says no, their values at three points, to 60 digits. It rounds to six
+    decimals, so small numbers that it takes for equal are compared once more."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Basic, Float, I, Rational, nsimplify
 
-    gold, pred = (re.sub(r"(\d+) degrees", r"(\1\\pi/180)", x) if ANGLE.search(x) else x for x in (gold, pred))
-    gold, pred = (parse("$" + x + "$", parsing_timeout=None) for x in (gold, pred))
-    if not verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True):
+    if "\\pm" in gold + pred:  # those that mean two answers were taken apart
         return False
+    # units=False: it would take the h off \pi r^2 h
+    plain = LatexExtractionConfig(normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True))
+    both = [re.sub(r"(\d+) degrees", r"(\1\\pi/180)", x) if ANGLE.search(x) else x for x in (gold, pred)]
+    both = [re.sub(r"(?<![a-zA-Z\\])E_", "Z_", x) for x in both]  # E is 2.718... to it, with an index too
+    gold, pred = (parse("$" + x + "$", [plain], parsing_timeout=None) for x in both)
+    same = verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True)
+    a, b = (x[0] if x and isinstance(x[0], Basic) else None for x in (gold, pred))
+    if a is None or b is None:
+        return same
     try:
-        values = [complex(x[0]) for x in (gold, pred)]
-    except (TypeError, ValueError, IndexError, AttributeError, OverflowError):  # not numbers
+        if same:
+            a, b = complex(a), complex(b)
+            return abs(a - b) <= 1e-5 * abs(a) or min(abs(a), abs(b)) > 1e-3
+        letters = {str(x) for x in a.free_symbols ^ b.free_symbols}
+        if not letters <= {"i"}:
+            return False
+        a, b = (nsimplify(x, rational=True) if x.has(Float) else x for x in (a, b))  # 0.5 as written
+        for point in (1, 2, 3):
+            at = {x: I if str(x) == "i" else Rational(7 * point + 3 * k, 11 + k) * (-1) ** (point == 3)  # |x| is not x
+                  for k, x in enumerate(sorted(a.free_symbols | b.free_symbols, key=str))}
+            x, y = a.subs(at).evalf(80), b.subs(at).evalf(80)
+            if not 0 < abs(x) < 10**100 or abs(x - y) > abs(x) / 10**60:
+                return False
         return True
-    return abs(values[0] - values[1]) <= 1e-5 * abs(values[0]) or min(map(abs, values)) > 1e-3
+    except (TypeError, ValueError, AttributeError, OverflowError):  # not numbers: sets, relations, ...
+        return same
 
 
 def work():
@@ -287,7 +343,7 @@ def work():
     os.dup2(2, 1)  # whatever prints, it is not an answer
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        signal.alarm(2 * SECONDS + 1)  # if the parent is gone; its default action ends the process
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time; its default action ends the process
         verdict, last = False, False
         try:
             verdict = equal(*json.loads(line))
@@ -295,7 +351,7 @@ def work():
             last = True
         except Exception:  # the parsers raise everything; an answer they cannot read is wrong
             pass
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         last = last or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > WORKER_RESIDENT_KIB
         print(verdict + 2 * last, file=out, flush=True)
 
@@ -344,7 +400,7 @@ def _ask(pair):
         worker.stdin.write(json.dumps(pair).encode() + b"\n")
         poll = select.poll()
         poll.register(worker.stdout, select.POLLIN)
-        if poll.poll(1000 * SECONDS):
+        if poll.poll(5000 * SECONDS):  # it ends itself after SECONDS of processor time; the rest is for a busy machine
             reply = worker.stdout.readline()
     except BrokenPipeError:
         pass
@@ -357,8 +413,10 @@ def _ask(pair):
 
 def choice(boxed):
     """The letter (or the number, where choices are numbered) that a box names, upper case, or None."""
-    match = re.match(r"\(?([A-Za-z]|\d{1,2})(?:$|[).:])", clean(boxed[:LONGEST]))
-    return match and match[1].upper()
+    text = clean(boxed[:LONGEST].replace("*", ""))
+    match = re.match(r"(?:(?:option|answer|choice) ?:? ?)?[(\[]?([A-Z]|\d{1,2})(?:$|[)\].:]| -| \(| \.)", text, re.I)
+    several = match and re.search(r"\(([A-J])\)|(?:^|[,;/\s])([A-J])(?:[.):]|$)", text[match.end():])
+    return match[1].upper() if match and not several else None
 
 
 def vote(text, problem):

@@ -36,6 +36,12 @@ y=2x+3 | 2x+3        2x+3 | y = 2x + 3       x=5 | 5                 5 | x = 5  
 5x - 11y + z - 17 = 0 | -5x+11y-z+17=0       x<2 | 2>x               m \neq 1 | m\ne 1
 x+y=5 | x=5-y        x=y | y=x               \sin 30^\circ | \frac12             5\text{ km/h} | 5      9.8 \text{ m/s}^2 | 9.8
 \emptyset | \varnothing                      \{(2,3),(4,5)\} | (4,5), (2,3)     \mathbb{R} | (-\infty, \infty)      3 \pm 1 | 2, 4
+k \geqslant 2 | k \ge 2                      x \le 5 | x \leqslant 5             c < \sqrt{2} | \sqrt{2} > c           \frac{10{,}000}{3} | \frac{10000}{3}
+12 | 12 \text{ apples}                        4.5e33 | 4.5 \times 10^{33} \text{ erg/s}   7 \text{ distinct integers} | 7    12 | \approx 12
+0.\overline{27} | \frac{3}{11}                (2516)_8 | 2516_8                     \text{ellipse} | \text{an ellipse}       4:40 a.m. | 4:40 AM
+\sin(2t) | 2\sin t\cos t                      2:4 | 1:2                            12 | 5+7=12                            48\pi \text{ m} | 48\pi
+\frac{1+i}{2} | 0.5+0.5i   \sqrt{5} | 5^{0.5}
+y'' + y = 0 | y + y'' = 0                      \frac{E_1+2E_2}{3} | \frac13 E_1 + \frac{2}{3} E_{2}
 \log_2 3 | \frac{\ln 3}{\ln 2}              \sqrt[3]{2} | 2^{1/3}              20 \text{ mph} | 20 \text{ miles per hour}
 (3,4] | \left(3,4\right]                     -2\le x\le 7 | [-2,7]   [-2,7] | -2 \leq x \leq 7    x \in [-2,7] | [-2,7]
 (-\infty, 2) \cup (3, \infty) | (3,\infty)\cup(-\infty,2)            (-\infty, 2) \cup (3, \infty) | x<2 \text{ or } x>3
@@ -61,6 +67,9 @@ y=2x+3 | y=2x-3      x=1 | y=1               x<2 | x \le 2           52_8 | 52_7
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix} 1 & 2 \end{pmatrix}
 \text{Evelyn} | Evelin                       \text{silent} | \text{listen}   \text{even} | odd     \text{Yes} | no     \text{(E)} | D
+2\pi r h | 2\pi r    \pi r^2 h | \pi r^2    m g | m    \frac{1}{\sqrt{2}}c | \frac{1}{\sqrt{2}}    5 \text{ acres} | 5 \text{ hectares}
+4:40 a.m. | 4:45 a.m.  4:40 a.m. | 4:40 p.m.   3:5:7 | 3:7:5   N | n                 7 | 1=7           x=7 | x=8=7         12 | 12_8
+1 | \pm 1 \pm 1       |x| | x                 \sqrt{x^2} | x  10^{30}+1 | 10^{30}   \sin(2t) | \cos(2t)
 5 \text{ km/h} | 5 \text{ m/s}                x+y=5 | x=5+y          1:2 | 2:1           0 | \emptyset
 3 | \text{none}      \infty | -\infty        5 | \text{five cm}      2 | x = 3                   1234 | 1,235
 """
@@ -73,7 +82,7 @@ def pairs(text):
 
 def test_answers_that_are_the_same_and_that_are_not():
     cases = [(g, p, True) for g, p in pairs(RIGHT)] + [(g, p, False) for g, p in pairs(WRONG)]
-    assert len(cases) == 189
+    assert len(cases) == 226
     got = grader.grade_all([(f"So it is \\boxed{{{p}}}.", {"answer": g}) for g, p, _ in cases])
     assert [case for case, verdict in zip(cases, got) if verdict != case[2]] == []
 
@@ -99,7 +108,8 @@ def test_last_boxed(text, boxed):
 @pytest.mark.parametrize("boxed, answer, right", [
     ("C", "C", True), ("(C)", "C", True), ("\\text{C}", "C", True), ("c", "C", True), ("C) longer days", "C", True),
     ("\\textbf{(C)}\\ 12", "C", True), ("C. 12", "C", True), ("B", "C", False), ("", "C", False), ("Cold", "C", False),
-    ("3", "3", True), ("C", "3", True), ("2", "3", False), ("J", "J", True), ("AC", "C", False),
+    ("[C]", "C", True), ("\\text{Option C}", "C", True), ("**C**", "C", True), ("C - days", "C", True), ("(C), (D)", "C", False),
+    ("(C)(D)", "C", False), ("A. B. C.", "A", False), ("3", "3", True), ("C", "3", True), ("2", "3", False), ("J", "J", True), ("AC", "C", False),
 ])
 def test_multiple_choice(boxed, answer, right):
     row = {"answer": answer, "n_choices": 4, "answer_letter": "C" if answer == "3" else answer}
