@@ -46,12 +46,12 @@ def last_boxed(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # one spelling
 
-SWAPS = (("\\leqslant", "\\le"), ("\\geqslant", "\\ge"), ("\\leqq", "\\le"), ("\\geqq", "\\ge"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"), ("\\%", "%"), ("{10}^", "10^"), ("\\ast", "*"),
-         ("^{\\prime}", "'"), ("^\\prime", "'"), ("\\approx", ""), ("\\checkmark", ""), ("\u00b2", "^2"), ("\u00b3", "^3"), ("**", "^"),
-         ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\neq", "\\ne"), ("\\lbrace", "\\{"), ("\\rbrace", "\\}"), ("np.", ""),
-         ("\\degree", "^\\circ"), ("\u00b0", "^\\circ"), ("\u2212", "-"), ("\u2013", "-"), ("\u03c0", "\\pi"),
-         ("\u221e", "\\infty"), ("\u00d7", "\\times"), ("\u00b7", "\\cdot"), ("\u2264", "\\le"), ("\u2265", "\\ge"),
-         ("\u00b1", "\\pm"), ("\u222a", "\\cup"), ("\u00a0", " "), ("\\varnothing", "\\emptyset"))
+SWAPS = tuple(pair.split(" -> ") for pair in r"""
+\leqslant -> \le; \geqslant -> \ge; \leqq -> \le; \geqq -> \ge; \leq -> \le; \geq -> \ge; \neq -> \ne; ≤ -> \le; ≥ -> \ge
+\dfrac -> \frac; \tfrac -> \frac; \cfrac -> \frac; ½ -> \frac{1}{2}; √ -> \sqrt ; ** -> ^; \ast -> *; {10}^ -> 10^; ² -> ^2; ³ -> ^3
+^{\prime\prime} -> ''; ^{\prime} -> '; ^\prime -> '; {,} -> ,; \% -> %; − -> -; – -> -; × -> \times; · -> \cdot; ± -> \pm
+\lbrace -> \{; \rbrace -> \}; \{\} -> \emptyset; \{ \} -> \emptyset; \varnothing -> \emptyset; ∪ -> \cup; ∞ -> \infty; π -> \pi
+\approx -> ; \checkmark -> ; np. -> ; \degree -> ^\circ; ° -> ^\circ""".strip().replace("\n", "; ").split("; "))
 SPACE = re.compile(r"\\\\|\\(?:[,!;: ]|quad\b|qquad\b)|~")
 SEPARATED = re.compile(r"(?<=\d)(?:\{,\}|,\\!)\s*(?=\d{3}(?!\d))")  # 10{,}000
 FUNCTION = re.compile(r"(?<![\\a-zA-Z])(pi|arcsin|arccos|arctan|sin|cos|tan|ln|log|exp)(?![a-zA-Z])")
@@ -67,11 +67,11 @@ def clean(answer):
     text = SEPARATED.sub("", answer.strip())
     for old, new in SWAPS:
         text = text.replace(old, new)
-    text = text.replace("{,}", ",")
     text = SIZE.sub("", text).replace("\\$", "").replace("$", "")
     text = SPACE.sub(lambda m: {"\\\\": m[0], "\\!": "", "\\,": ""}.get(m[0], " "), text)
     text = TEXT.sub(_in_text, TEXT.sub(_in_text, DEGREES.sub(" degrees ", text)))
     text = FUNCTION.sub(r"\\\1", re.sub(r"(?<![\\a-zA-Z])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text))
+    text = text.replace("all real numbers", "\\mathbb{R}")
     if "\\begin" not in text:
         text = re.sub(r"\\[()\[\]]", "", text)
     text = SHORT_FRAC.sub(lambda m: "\\frac" + "".join(x if x[0] == "{" else "{" + x + "}" for x in m.groups()), text)
@@ -204,6 +204,7 @@ def quick(gold, pred):
 MATRIX = re.compile(r"[(\[]? ?\\begin\{([pb]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\} ?[)\]]?", re.S)
 LEFT_SIDE = re.compile(r"\(?[a-zA-Z](?:_\{?\w+\}?|\([a-zA-Z]\))?(?: ?, ?[a-zA-Z](?:_\{?\w+\}?)?)*\)? ?(?:=|\\in(?![a-z])) ?")
 ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+BUILDER = re.compile(r"\\\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb\{?R\}?)? ?(?:\\mid|\||:) ?(.*\1.*)\\\}")  # \{x \mid 2 < x < 5\}
 SEPARATOR = re.compile(r"\\\\|\\[{}]|[()\[\]{},;]|\\cup(?![a-z])| (?:and|or|AND|OR) ")
 
 
@@ -259,6 +260,7 @@ def equal(gold, pred, depth=0):
     verdict = quick(gold, pred)
     if verdict is not None or depth > 8:
         return bool(verdict)
+    gold, pred = (BUILDER.sub(r"\2", x) for x in (gold, pred))
     sides = [LEFT_SIDE.match(x) for x in (gold, pred)]
     if bool(sides[0]) != bool(sides[1]) and "=" not in (pred if sides[0] else gold):  # x = 5 is 5, but not y = 5
         return equal(*(x[m.end():] if m else x for x, m in zip((gold, pred), sides)), depth + 1)

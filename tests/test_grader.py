@@ -40,6 +40,7 @@ k \geqslant 2 | k \ge 2                      x \le 5 | x \leqslant 5            
 12 | 12 \text{ apples}                        4.5e33 | 4.5 \times 10^{33} \text{ erg/s}   7 \text{ distinct integers} | 7    12 | \approx 12
 0.\overline{27} | \frac{3}{11}                (2516)_8 | 2516_8                     \text{ellipse} | \text{an ellipse}       4:40 a.m. | 4:40 AM
 \sin(2t) | 2\sin t\cos t                      2:4 | 1:2                            12 | 5+7=12                            48\pi \text{ m} | 48\pi
+(2,5) | \{x \mid 2 < x < 5\}    (2,5) | \{ x \in \mathbb{R} : 2<x<5 \}   \emptyset | \{\}   \mathbb{R} | \text{all real numbers}   2\sqrt{3} | 2√3   \frac12 | ½
 \frac{1+i}{2} | 0.5+0.5i   \sqrt{5} | 5^{0.5}
 y'' + y = 0 | y + y'' = 0                      \frac{E_1+2E_2}{3} | \frac13 E_1 + \frac{2}{3} E_{2}
 \log_2 3 | \frac{\ln 3}{\ln 2}              \sqrt[3]{2} | 2^{1/3}              20 \text{ mph} | 20 \text{ miles per hour}
@@ -82,7 +83,7 @@ def pairs(text):
 
 def test_answers_that_are_the_same_and_that_are_not():
     cases = [(g, p, True) for g, p in pairs(RIGHT)] + [(g, p, False) for g, p in pairs(WRONG)]
-    assert len(cases) == 226
+    assert len(cases) == 232
     got = grader.grade_all([(f"So it is \\boxed{{{p}}}.", {"answer": g}) for g, p, _ in cases])
     assert [case for case, verdict in zip(cases, got) if verdict != case[2]] == []
 
