@@ -24,7 +24,8 @@ from grader import vote
 from rollout import (STYLES, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems, load_tokenizer,
                      load_weights, write_jsonl)  # before torch: it sets its threads
 
-ckpt = "out/quickstart"       # a run's folder, a folder of runs, a step_* folder, any Hugging Face folder, or a hub id
+ckpt = "out/quickstart"       # a run's folder, a folder of runs, a step_* folder, any Hugging Face folder, or a hub id;
+                              # several, of one kind of model, separated by commas
 protocol = None               # "nthr" or "dagrpo": the paper's sets, samples and temperature, see PROTOCOLS
 data = None                   # sets, separated by commas: names (rollout.SETS) and JSON Lines files; None: the protocol's,
                               # else the held-out problems of the run, else arithmetic
@@ -212,11 +213,17 @@ def check_weights(folder):
 
 
 def find_models(ckpt):
-    """[(label, folder or hub id), ...], a run's checkpoints oldest first. Ends the program if there is nothing whole."""
+    """[(label, folder or hub id, folder of its results), ...] for one of the settings' ckpt, a run's checkpoints oldest first.
+
+    Ends the program if there is nothing whole.
+    """
     from model_utils import check_checkpoint, checkpoints
 
+    home = os.path.join(ckpt, "eval")
     if not os.path.isdir(ckpt) or os.path.isfile(os.path.join(ckpt, "config.json")):
         found = [(os.path.basename(ckpt.rstrip("/")), ckpt)]
+        of_run = os.path.isfile(os.path.join(ckpt, "run_config.json"))
+        home = os.path.join(os.path.dirname(os.path.normpath(ckpt)) if of_run else "out", "eval")
     else:
         found = [(os.path.basename(f), f) for f in reversed(checkpoints(ckpt))]
         for e in sorted(os.scandir(ckpt), key=lambda e: e.name) if not found else ():
@@ -235,7 +242,7 @@ def find_models(ckpt):
                 die(f"ckpt: cannot read {folder}: {e}")
             print0(f"warning: {folder} is not a whole checkpoint ({e}); left out")
             continue
-        whole.append((label, folder))
+        whole.append((label, folder, out_dir or home))
     if not whole:
         die(f"ckpt: {ckpt} is neither a Hugging Face folder (no config.json) nor a run with a whole checkpoint (step_*)")
     return whole
@@ -246,17 +253,13 @@ def plan(models):
     spec = PROTOCOLS.get(protocol, {})
     counts = {name: k for sets in spec.get("averages", {}).values() for name, k in sets.items()}
     loaded, shapes, jobs = {}, set(), []
-    for label, folder in models:
+    for label, folder, home in models:
         run = {}
         if os.path.isfile(os.path.join(folder, "run_config.json")):
             with open(os.path.join(folder, "run_config.json")) as f:
                 run = json.load(f)
         own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
         asked = {} if protocol else run  # a protocol asks every model in the same way
-        home = out_dir
-        if home is None:
-            parent = ckpt if not os.path.isfile(os.path.join(ckpt, "config.json")) else os.path.dirname(os.path.normpath(folder))
-            home = os.path.join(parent, "eval") if os.path.isdir(ckpt) and run else os.path.join("out", "eval")
         tokenizer, hf_config = load_tokenizer(folder, "ckpt")
         if hf_config.num_attention_heads % tensor_parallel:
             die(f"tensor_parallel: {tensor_parallel} does not divide the {hf_config.num_attention_heads} attention heads of {folder}")
@@ -293,7 +296,7 @@ def plan(models):
             "_name_or_path", "transformers_version", "dtype", "torch_dtype")}, default=str))
     if len(shapes) > 1:
         die(f"ckpt: {ckpt} holds {len(shapes)} kinds of models (config.json), which cannot share an engine: "
-            f"{', '.join(folder for _, folder in models)}; evaluate them one by one")
+            f"{', '.join(folder for _, folder, _ in models)}; evaluate them one by one")
     return jobs
 
 
@@ -313,7 +316,8 @@ def run_job(engine, job):
         groups = generate_all_ranks(
             engine, job["tokenizer"], [job["problems"][i] for i in some], [job["prompts"][i] for i in some],
             tensor_parallel=tensor_parallel, n=job["n"], temperature=job["temperature"], top_p=top_p,
-            max_response_tokens=job["length"], progress=True, seeds=[(seed * 1_000_003 + i) * 2**16 for i in some])  # vLLM counts on from it
+            max_response_tokens=job["length"], progress=True,
+            seeds=[(seed * 1_000_003 + i) * 2**16 for i in some])  # apart: a prompt's n responses count on from its own
         rows = [[dict(index=i, sample=k, problem=g["problem"], answer=g["answer"], response=g["texts"][k],
                       vote=None if g["truncated"][k] else vote(g["texts"][k], job["problems"][i]), tokens=len(g["responses"][k]),
                       correct=bool(g["rewards"][k]), truncated=bool(g["truncated"][k]))
@@ -421,7 +425,7 @@ if __name__ == "__main__":
         die(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) % tensor_parallel:
         die(f"tensor_parallel: {tensor_parallel} does not divide the {os.environ.get('WORLD_SIZE', '1')} ranks")
-    jobs = plan(find_models(ckpt))
+    jobs = plan([model for part in ckpt.split(",") for model in find_models(part)])
 
     import torch.distributed as dist
 

@@ -75,13 +75,13 @@ def test_an_interrupted_evaluation_goes_on(whole, run):
     out, _ = whole
     (out.parent / "sums.jsonl").write_text("".join(json.dumps(dict(problem=f"{i} + {i}", answer=2 * i)) + "\n"
                                                    for i in range(11, 23)))
-    args = ("eval.py", f"--ckpt={out / 'step_000002'}", f"--data=arithmetic,{out.parent / 'sums.jsonl'}", "--n=3",
-            "--temperature=1.0", "--max_problems=12", "--save_every=6")
+    args = ("eval.py", f"--ckpt={out / 'step_000002'},{out / 'step_000003'}", "--n=3", "--temperature=1.0",
+            f"--data=arithmetic,{out.parent / 'sums.jsonl'}", "--max_problems=12", "--save_every=6")
     run(*args, f"--out_dir={out.parent / 'once'}")
-    files = [f"step_000002/{name}_n3_t1.jsonl" for name in ("arithmetic", "sums")]
+    files = [f"step_00000{step}/{name}_n3_t1.jsonl" for step in (2, 3) for name in ("arithmetic", "sums")]
     once = [(out.parent / "once" / f).read_text() for f in files]
     assert all(text.count("\n") == 1 + 12 * 3 for text in once)
-    # as a kill leaves it: two problems and a half, the last row cut; of the second set nothing
+    # as a kill leaves it: two problems and a half, the last row cut; of the other three files nothing
     first = out.parent / "cut_off" / files[0]
     first.parent.mkdir(parents=True)
     first.write_text("".join(once[0].splitlines(keepends=True)[:9])[:-20])
