@@ -119,7 +119,7 @@ def split_unit(text):
         tail = TAIL.fullmatch(text)
         words = re.findall(r"[a-zA-Z]+", tail[2]) if tail else []
         if words and number(tail[1].rstrip("% ")) is not None and not NO_UNIT & set(words) \
-                and all(len(w) > 1 or w in UNITS for w in words):
+                and all(len(w) > 2 or w in UNITS for w in words):  # and 6 xy is a product
             return tail[1], " ".join(w.lower().rstrip("s") for w in words)
         return text, ""
     if names == ["percent"]:

@@ -70,7 +70,7 @@ y=2x+3 | y=2x-3      x=1 | y=1               x<2 | x \le 2           52_8 | 52_7
 \text{Evelyn} | Evelin                       \text{silent} | \text{listen}   \text{even} | odd     \text{Yes} | no     \text{(E)} | D
 2\pi r h | 2\pi r    \pi r^2 h | \pi r^2    m g | m    \frac{1}{\sqrt{2}}c | \frac{1}{\sqrt{2}}    5 \text{ acres} | 5 \text{ hectares}
 4:40 a.m. | 4:45 a.m.  4:40 a.m. | 4:40 p.m.   3:5:7 | 3:7:5   N | n                 7 | 1=7           x=7 | x=8=7         12 | 12_8
-1 | \pm 1 \pm 1       |x| | x                 \sqrt{x^2} | x  10^{30}+1 | 10^{30}   \sin(2t) | \cos(2t)
+1 | \pm 1 \pm 1   6 | 6 xy   6 xy | 6   5 \text{ apples} | 5 \text{ pears}       |x| | x                 \sqrt{x^2} | x  10^{30}+1 | 10^{30}   \sin(2t) | \cos(2t)
 5 \text{ km/h} | 5 \text{ m/s}                x+y=5 | x=5+y          1:2 | 2:1           0 | \emptyset
 3 | \text{none}      \infty | -\infty        5 | \text{five cm}      2 | x = 3                   1234 | 1,235
 """
@@ -83,7 +83,7 @@ def pairs(text):
 
 def test_answers_that_are_the_same_and_that_are_not():
     cases = [(g, p, True) for g, p in pairs(RIGHT)] + [(g, p, False) for g, p in pairs(WRONG)]
-    assert len(cases) == 232
+    assert len(cases) == 235
     got = grader.grade_all([(f"So it is \\boxed{{{p}}}.", {"answer": g}) for g, p, _ in cases])
     assert [case for case, verdict in zip(cases, got) if verdict != case[2]] == []
 
