@@ -144,8 +144,13 @@ def configure(script_globals, argv=None):
     return settings
 
 
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
 def save_config(settings, path):
     """Write the resolved settings as JSON, whole or not at all."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(settings, f, indent=1)
-    os.replace(path + ".tmp", path)
+    write_whole(path, json.dumps(settings, indent=1))

@@ -19,7 +19,7 @@ import sys
 
 import numpy as np
 
-from configurator import configure, die, is_rank0, print0, save_config
+from configurator import configure, die, is_rank0, print0, save_config, write_whole
 from grader import vote
 from rollout import (STYLES, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems, load_tokenizer,
                      load_weights, write_jsonl)  # before torch: it sets its threads
@@ -368,6 +368,8 @@ def plot_steps(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from model_utils import save_figure
+
     lines = {}
     for r in results:
         run, _, step = r["model"].rpartition("step_")
@@ -384,9 +386,7 @@ def plot_steps(results, path):
     ax.set_ylabel("accuracy, 95% interval")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    fig.savefig(path + ".tmp.png", dpi=110)
-    plt.close(fig)
-    os.replace(path + ".tmp.png", path)
+    save_figure(fig, path)
 
 
 def report(results, home):
@@ -399,9 +399,7 @@ def report(results, home):
         earlier = []
     everything = earlier + results
     save_config(everything, path)
-    with open(os.path.join(home, "results.md.tmp"), "w") as f:
-        f.write(tables(everything))
-    os.replace(os.path.join(home, "results.md.tmp"), os.path.join(home, "results.md"))
+    write_whole(os.path.join(home, "results.md"), tables(everything))
     plot_steps(everything, os.path.join(home, "accuracy.png"))
 
 

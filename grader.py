@@ -125,7 +125,7 @@ def split_unit(text):
     if names == ["percent"]:
         return text[:match.start()] + "%", ""
     if len(match[2]) == 1 and match[4] is None and number(text[:match.start()].strip("% ")) is None:
-        return text, ""  # a variable, as in \\pi r^2 h
+        return text, ""  # a variable, as in \pi r^2 h
     powers = match[3] or {"s": "2", "c": "3"}.get(match[1][:1], ""), match[5] or ""
     unit = "/".join(name + power for name, power in zip(names, powers))
     return text[:match.start()].strip(), {"mi/h": "mph"}.get(unit, unit)

@@ -15,7 +15,7 @@ import json
 import math
 import os
 
-from configurator import configure, die, is_rank0, print0, save_config
+from configurator import configure, die, is_rank0, print0, save_config, write_whole
 from rollout import (build_engine, check_lengths, encode_prompts, load_problems, load_tokenizer, sample_batch, sleep_engine,
                      write_jsonl)  # before torch: it sets its threads
 
@@ -96,7 +96,8 @@ from tqdm import tqdm
 from advantages import (group_advantages, gwhes, influence, nthr_select, policy_loss, random_like, token_advantages,
                         token_weights)
 from eval import bootstrap
-from model_utils import load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, setup_distributed
+from model_utils import (load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, save_figure,
+                         setup_distributed)
 
 device = setup_distributed()
 rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -318,11 +319,6 @@ def draw(rows):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def save(fig, name):
-        fig.savefig(os.path.join(out_dir, name + ".tmp.png"), dpi=110)
-        plt.close(fig)
-        os.replace(os.path.join(out_dir, name + ".tmp.png"), os.path.join(out_dir, name))
-
     d = {v: np.array([r["delta"][v]["correct"] for r in rows]) for v in variants}
     fig, axes = plt.subplots(len(d), 1, figsize=(9, 1 + 1.9 * len(d)), sharex=True, sharey=True, constrained_layout=True,
                              squeeze=False)
@@ -332,7 +328,7 @@ def draw(rows):
         ax.set_title(f"{NAMES[v]}: mean {x.mean():+.3f}, {np.mean(x < epsilon):.0%} below {epsilon:g}", fontsize=10, loc="left")
         ax.set_ylabel(r"$\Delta(x)$, nats")
     axes[-1, 0].set_xlabel(f"questions, sorted for each variant ({optimizer}, learning rate {learning_rate:g})")
-    save(fig, "delta.png")
+    save_figure(fig, os.path.join(out_dir, "delta.png"))
 
     p = np.array([r["p"] for r in rows])
     fig, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
@@ -345,7 +341,7 @@ def draw(rows):
     ax.set_xlabel("success rate p of the question")
     ax.set_ylabel(r"$\Delta(x)$, nats; lines: means")
     ax.legend(fontsize=8)
-    save(fig, "success.png")
+    save_figure(fig, os.path.join(out_dir, "success.png"))
 
     if "grpo" in d:
         fig, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
@@ -356,7 +352,7 @@ def draw(rows):
         ax.set_xlabel("GWHES (eq. 5), mean over the correct responses")
         ax.set_ylabel(r"$\Delta(x)$ of GRPO, nats")
         ax.grid(alpha=0.3)
-        save(fig, "gwhes.png")
+        save_figure(fig, os.path.join(out_dir, "gwhes.png"))
 
 
 PAGE = """<!doctype html>
@@ -419,9 +415,7 @@ if is_rank0():
     summary = summarize(done)
     save_config(summary, os.path.join(out_dir, "summary.json"))
     for name, text in (("summary.md", markdown(summary)), ("tokens.html", page(done))):
-        with open(os.path.join(out_dir, name + ".tmp"), "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(os.path.join(out_dir, name + ".tmp"), os.path.join(out_dir, name))
+        write_whole(os.path.join(out_dir, name), text)
     draw(done)
     print0(markdown(summary))
     print0(f"wrote {out_dir}/: groups.jsonl, questions.jsonl, summary.json, summary.md, delta.png, gwhes.png, success.png, tokens.html")

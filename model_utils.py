@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from configurator import is_rank0, print0, save_config
+from configurator import is_rank0, print0, save_config, write_whole
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -216,8 +216,8 @@ def balance(groups, world_size):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """transformers' attention hook for a packed MicroBatch. query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    flash-attn on CUDA, which has no float32: one varlen call in which each segment's queries meet the keys that lead to it and its own (its
-    causal mask is aligned to the last key). Otherwise SDPA, a tree or a few short ones at a time, so that no token pays for
+    flash-attn on CUDA, which has no float32: one varlen call in which each segment's queries meet the keys that lead to it
+    and its own (its causal mask is aligned to the last key). Otherwise SDPA, a tree or a few short ones at a time, so that no token pays for
     all others.
     """
     if query.is_cuda and flash_attn_varlen_func is not None and query.dtype in (torch.bfloat16, torch.float16):
@@ -482,9 +482,7 @@ def open_run(out_dir, resumed_step=None):
         if dropped:
             os.makedirs(old, exist_ok=True)
             shutil.copy(path, old)
-            with open(path + ".tmp", "w") as f:
-                f.writelines(kept)
-            os.replace(path + ".tmp", path)
+            write_whole(path, "".join(kept))
 
 
 def read_metrics(out_dir):
@@ -517,9 +515,16 @@ def plot_curves(out_dir):
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    fig.savefig(os.path.join(out_dir, "curves.tmp.png"), dpi=110)
+    save_figure(fig, os.path.join(out_dir, "curves.png"))
+
+
+def save_figure(fig, path):
+    """Write a matplotlib figure as PNG, whole or not at all, and forget it."""
+    import matplotlib.pyplot as plt
+
+    fig.savefig(path + ".tmp.png", dpi=110)
     plt.close(fig)
-    os.replace(os.path.join(out_dir, "curves.tmp.png"), os.path.join(out_dir, "curves.png"))
+    os.replace(path + ".tmp.png", path)
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,

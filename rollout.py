@@ -32,7 +32,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from tqdm import tqdm
 
-from configurator import die, is_rank0, print0
+from configurator import die, is_rank0, print0, write_whole
 from grader import grade_all
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,6 +460,4 @@ def accuracy(groups):
 
 def write_jsonl(path, rows):
     """Write rows as JSON Lines, whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -128,9 +127,7 @@ def test_hostile_answers_are_wrong_and_leave_the_others_alone():
     good = [(f"\\boxed{{\\sqrt{{{4 * n * n * n}}}}}", {"answer": f"{2 * n}\\sqrt{{{n}}}"}) for n in range(2, 2 + len(HOSTILE))]
     bad = [(f"\\boxed{{{text}}}", {"answer": "\\sqrt{7}+x"}) for text in HOSTILE]
     items = [x for pair in zip(bad, good) for x in pair]
-    began = time.time()
     assert grader.grade_all(items) == [False, True] * len(HOSTILE)
-    assert time.time() - began < 60 * len(HOSTILE)  # no speed test: it comes to an end
     assert grader.grade_all(good) == [True] * len(good)
 
 
