@@ -52,19 +52,18 @@ def group_advantages(rewards, group, norm="std"):
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
 
-def token_weights(response, group, groups_in_update, norm="group", tokens_in_update=None, group_size=None,
-                  max_tokens=None):
+def token_weights(response, group, groups_in_update, norm="group", tokens_in_update=None, max_tokens=None):
     """The weight of every token's loss, (N,); the loss is the weighted sum over all ranks and micro-batches.
 
     norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "token": 1 / tokens of the update, [DAPO].
-    "constant": 1 / (group_size x max_tokens x groups), [DrGRPO], [DaGRPO]: neither length nor masks change it.
+    "constant": 1 / (responses of the group x max_tokens x groups), [DrGRPO], [DaGRPO]: neither length nor masks change it.
     response (N,), group (B,) of whole groups on this rank; the counts are of the whole update, all ranks.
     """
     of_token = group[response]                                                                    # (N,)
-    if norm == "group":
-        return 1.0 / (torch.bincount(of_token)[of_token] * groups_in_update).to(torch.float32)
-    count = tokens_in_update if norm == "token" else group_size * max_tokens * groups_in_update
-    return torch.full(of_token.shape, 1.0 / count, device=of_token.device)
+    if norm == "token":
+        return torch.full(of_token.shape, 1.0 / tokens_in_update, device=of_token.device)
+    of_group = torch.bincount(of_token) if norm == "group" else torch.bincount(group) * max_tokens
+    return 1.0 / (of_group[of_token] * groups_in_update).to(torch.float32)
 
 
 def clipped_loss(logp, old_logp, advantages, clip_low, clip_high):
@@ -79,14 +78,21 @@ def clipped_loss(logp, old_logp, advantages, clip_low, clip_high):
     return -torch.minimum(plain, limited), (limited < plain).detach().float()
 
 
-def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, kl_coef=0.0, ref_logp=None):
+def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, kl_coef=0.0, ref_logp=None,
+                anchor=None, anchor_form="luffy"):
     """The loss of tokens (N,), a weighted sum over them: clipped surrogate, and kl_coef times KL to the reference model.
 
-    weights: token_weights. Returns (loss (), clipped (N,), kl (N,)); kl is zeros without ref_logp.
+    weights: token_weights. anchor (N,) bool: tokens of demonstrations, which the policy did not sample; theirs is
+    anchor_loss, without KL. Returns (loss (), clipped (N,), kl (N,)); both 0 for anchors, kl also without ref_logp.
     """
-    surrogate, clipped = clipped_loss(logp, old_logp, advantages, clip_low, clip_high)
+    if anchor is not None:  # a ratio of 1: nothing to clip, nothing to overflow
+        old_logp = torch.where(anchor, logp.detach(), old_logp)
+    loss, clipped = clipped_loss(logp, old_logp, advantages, clip_low, clip_high)
     kl = torch.zeros_like(logp) if ref_logp is None else kl_k3(logp, ref_logp)
-    return (weights * (surrogate + kl_coef * kl)).sum(), clipped, kl
+    if anchor is not None:
+        loss = torch.where(anchor, anchor_loss(logp, advantages, anchor_form), loss)
+        kl = kl.where(~anchor, 0)
+    return (weights * (loss + kl_coef * kl)).sum(), clipped, kl
 
 
 def anchor_loss(logp, advantages, form="luffy", gamma=0.1):
@@ -217,12 +223,12 @@ def gwhes(s_positive, s_negative, rewards, response, group):
 # ---------------------------------------------------------------------------------------------------------------------
 # DaGRPO: which responses a judge can tell apart
 
-def dagrpo_masks(scores, advantages, group, delta=3.0):
-    """lambda of every response, 0 or 1, (B,) ([DaGRPO]; S the judge's score, higher is better).
+def dagrpo_margins(scores, advantages, group):
+    """How far the judge's scores S tell every response from the hardest one of the other sign, (B,) ([DaGRPO]).
 
-    lambda+(j) = 1[S_j - max over negatives of S >= delta] for A_j > 0; lambda-(k) = 1[min over positives of S - S_k >=
-    delta] for A_k < 0; signs of the advantages of the whole group, before masking. A response without an opposite, or
-    with A = 0, gets 0: it has no gradient anyway.
+    S_j - max over negatives of S for A_j > 0, min over positives of S - S_k for A_k < 0; signs of the advantages of the
+    whole group, anchors among them, before masking. -inf for a response without an opposite or with A = 0: it has no
+    gradient anyway. nan in a group that lacks a score (nan).
     """
     groups = int(group[-1]) + 1 if len(group) else 0
 
@@ -230,8 +236,17 @@ def dagrpo_masks(scores, advantages, group, delta=3.0):
         start = torch.full((groups,), empty, dtype=scores.dtype, device=scores.device)
         return start.scatter_reduce(0, group, scores.where(of, empty), how)[group]
 
-    best_negative = extreme(advantages < 0, -torch.inf, "amax")
-    worst_positive = extreme(advantages > 0, torch.inf, "amin")
-    positive = (advantages > 0) & best_negative.isfinite() & (scores - best_negative >= delta)
-    negative = (advantages < 0) & worst_positive.isfinite() & (worst_positive - scores >= delta)
-    return (positive | negative).to(advantages.dtype)
+    positive, negative = advantages > 0, advantages < 0
+    above = scores - extreme(negative, -torch.inf, "amax")
+    below = extreme(positive, torch.inf, "amin") - scores
+    margins = above.where(positive, below.where(negative, -torch.inf))
+    margins = margins.where(margins < torch.inf, -torch.inf)  # no opposite
+    missing = group_sum(scores.isnan().to(scores.dtype), group, groups)[group] > 0
+    return margins.masked_fill(missing, torch.nan)
+
+
+def dagrpo_masks(scores, advantages, group, delta=3.0):
+    """lambda of every response, 0 or 1, (B,) ([DaGRPO]): 1[margin >= delta], see dagrpo_margins. A group that was not
+    judged is trained without masks: 1."""
+    margins = dagrpo_margins(scores, advantages, group)
+    return ((margins >= delta) | margins.isnan()).to(advantages.dtype)

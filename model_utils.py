@@ -14,6 +14,7 @@ prompt + response alone, without padding and without computing anything twice.
 """
 import ctypes
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -357,6 +358,12 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def fingerprint(model):
+    """A hash that every update changes, the same on all ranks, which call together: of norms and biases."""
+    return hashlib.sha256(b"".join(full(p.detach()).cpu().numpy().tobytes()
+                                   for p in model.parameters() if p.dim() == 1)).hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints: out_dir/step_000010/ is a Hugging Face folder, with the trainer's state beside the weights
 
@@ -456,7 +463,7 @@ def convert_gguf(package, file, out_dir):
 def open_run(out_dir, resumed_step=None):
     """Make the run folder. Files of an earlier run are moved to out_dir/old_N/; on a resume, rows that the resumed run
     will write again leave metrics.jsonl and samples.jsonl, the files as they were are kept in old_N/ too. Rank 0."""
-    ours = ("metrics.jsonl", "samples.jsonl", "curves.png", "run_config.json", "tensorboard", "step_" + "[0-9]" * 6)
+    ours = ("metrics.jsonl", "samples.jsonl", "judge_*.jsonl", "curves.png", "run_config.json", "tensorboard", "step_" + "[0-9]" * 6)
     there = [p for name in ours for p in glob.glob(os.path.join(glob.escape(out_dir), name))]
     old = next(p for i in range(1, 10**6) if not os.path.exists(p := os.path.join(out_dir, f"old_{i}")))
     if resumed_step is None and there:
@@ -492,7 +499,8 @@ def read_metrics(out_dir):
 
 
 def plot_curves(out_dir):
-    """Draw a run's metrics.jsonl as curves.png: accuracy, length and entropy, loss and gradient norm, seconds."""
+    """Draw a run's metrics.jsonl as curves.png: accuracy, length, entropy, gradient norm, seconds; for DaGRPO its masks,
+    margins and anchors too."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -501,11 +509,20 @@ def plot_curves(out_dir):
     panels = [
         ("accuracy", [("eval/accuracy", "greedy, held out"), ("reward/accuracy", "sampled, training prompts"),
                       ("rollout/truncated", "truncated")]),
-        ("tokens a response; entropy (nats a token)", [("rollout/mean_length", "length"), ("train/entropy", "entropy")]),
+        ("tokens a response", [("rollout/mean_length", "length")]),
+        ("entropy, nats a token", [("train/entropy", "entropy")]),
         ("gradient norm; clipped share", [("train/grad_norm", "gradient norm"), ("train/clip_fraction", "clipped")]),
-        ("seconds a step", [(f"time/{p}", p) for p in ("step", "rollout", "old_logp", "ref_logp", "update", "sync")]),
+        ("seconds a step", [(f"time/{p}", p) for p in ("step", "rollout", "judge", "old_logp", "ref_logp", "update", "sync")]),
+        ("masks: share that stays; of groups", [
+            ("dagrpo/lambda_pos", "lambda+"), ("dagrpo/lambda_neg", "lambda-"), ("dagrpo/fully_masked", "groups masked whole"),
+            ("anchor/hard", "groups without a correct rollout")]),
+        ("margins, points (10, 50, 90%)", [(f"dagrpo/margin_p{q}", f"{q}%") for q in (10, 50, 90)]),
+        ("anchors: nats a token", [("anchor/logp", "log-likelihood")]),
     ]
-    fig, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    panels = [p for p in panels if any(key in r for r in rows for key, _ in p[1])]
+    fig, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(11, 3.5 * -(-len(panels) // 2)), constrained_layout=True)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
     for ax, (title, lines) in zip(axes.flat, panels):
         for key, label in lines:
             points = [(r["step"], r[key]) for r in rows if key in r]

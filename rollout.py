@@ -53,6 +53,21 @@ def arithmetic_problems(split):
     return rows
 
 
+def sum_problems(split):
+    """Sums of three two-digit numbers, worked in two steps, in a fixed order; 128 of 4,096 held out."""
+    draw = random.Random(0)
+    triples = sorted({tuple(draw.randint(10, 99) for _ in range(3)) for _ in range(5000)})
+    draw.shuffle(triples)
+    rows, seen = [], set()
+    for a, b, c in triples:
+        if tuple(sorted((a, b, c))) in seen:  # the same sum in another order
+            continue
+        seen.add(tuple(sorted((a, b, c))))
+        rows.append({"problem": f"{a} + {b} + {c}", "answer": str(a + b + c),
+                     "solution": f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c} \\boxed{{{a + b + c}}}"})
+    return rows[:128] if split == "test" else rows[128:4096]
+
+
 def _choices(question, options):
     """A lettered multiple-choice problem as one text."""
     return question.strip() + "\n\n" + "\n".join(f"{chr(65 + i)}) {x}" for i, x in enumerate(options))
@@ -69,12 +84,13 @@ def _gpqa(r, i):
     return {"problem": _choices(r["Question"], [options[k] for k in order]), "answer": chr(65 + order.index(0)), "n_choices": 4}
 
 
-def _columns(problem, answer, text=str):
-    return lambda r, i: {"problem": r[problem], "answer": text(r[answer])}
+def _columns(problem, answer, text=str, also=()):
+    return lambda r, i: {"problem": r[problem], "answer": text(r[answer])} | {k: r[k] for k in also}
 
 
 def _level_3_to_5(r, i):
-    return {"problem": r["problem"], "answer": r["answer"]} if int(str(r["level"]).split()[-1]) >= 3 else None
+    row = {k: r[k] for k in ("problem", "answer", "solution") if k in r}
+    return row if int(str(r["level"]).split()[-1]) >= 3 else None
 
 
 def _openr1(r, i):
@@ -102,7 +118,7 @@ SETS = {
                                         "n_choices": len(r["options"])})},
     "math": {"train": ("math_lvl3to5_12k_split", "nlile/hendrycks-MATH-benchmark", None, "train", _level_3_to_5)},
     "deepscaler": {"train": ("deepscaler_sub", "agentica-org/DeepScaleR-Preview-Dataset", None, "train",
-                             _columns("problem", "answer"))},
+                             _columns("problem", "answer", also=("solution",)))},
     "openr1-math-46k-8192": {"train": ("openr1-math-46k-8192", "Elliott/Openr1-Math-46k-8192", None, "train", _openr1)},
 }
 
@@ -116,30 +132,39 @@ STYLES = {
         few_shot=tuple((q, f"{q} = {a} \\boxed{{{a}}}") for q, a in (("57 + 38", 95), ("64 - 23", 41))),
         max_response_tokens=28,
     ),
+    "sums": dict(
+        system_prompt="Work out the answer, in a box.",
+        few_shot=(("57 + 38 + 46", "57 + 38 = 95, 95 + 46 = 141 \\boxed{141}"),
+                  ("64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}")),
+        max_response_tokens=48,
+    ),
     "arc_c": CHOICE, "gpqa_diamond": CHOICE, "mmlu_pro": CHOICE,
 }
 
 
+MADE = {"arithmetic": arithmetic_problems, "sums": sum_problems}  # sets that are made here, nothing is read
+
+
 def splits(name):
     """The splits of a set by its name, () for what is no name."""
-    return ("train", "test") if name == "arithmetic" else tuple(SETS.get(name, ()))
+    return ("train", "test") if name in MADE else tuple(SETS.get(name, ()))
 
 
 def load_problems(name, split, key="dataset", data_dir=None):
-    """Rows {"problem": str, "answer": str} of a set: "arithmetic", a JSON Lines file, or a name of SETS.
+    """Rows {"problem": str, "answer": str} of a set: a name of MADE or SETS, or a JSON Lines file.
 
-    A file's rows may have "n_choices" (multiple choice, the answer a letter) and more. A name is looked for in the folder
+    Rows may have "solution" (a worked demonstration), "n_choices" (multiple choice, the answer a letter) and more. A name is looked for in the folder
     data_dir, then on the Hugging Face hub. split: "train" or "test", for names. key: the setting that named it, for the
     error. A missing or empty set or a malformed row ends the program.
     """
-    if name == "arithmetic":
-        return arithmetic_problems(split)
+    if name in MADE:
+        return MADE[name](split)
     if os.path.isfile(name):
         return _read_problems(name, key)
     if name not in SETS:
-        known = difflib.get_close_matches(name, ["arithmetic", *SETS], n=1)
+        known = difflib.get_close_matches(name, [*MADE, *SETS], n=1)
         die(f"{key}: {name!r} is neither a file nor one of the known sets" + (f", did you mean {known[0]!r}?" if known else "")
-            + f" ({', '.join(['arithmetic', *SETS])})")
+            + f" ({', '.join([*MADE, *SETS])})")
     if split not in SETS[name]:
         die(f"{key}: {name} has no {split} split; sets that have one: {', '.join(n for n in SETS if split in SETS[n])}")
     if data_dir is not None and not os.path.isdir(data_dir):
@@ -168,7 +193,8 @@ def _hub_problems(name, split):
     return [row for row in rows if row is not None]
 
 
-def _read_problems(path, key):
+def _read_problems(path, key, second="answer"):
+    """Rows of a JSON Lines file, which have two texts: `problem` and `second`."""
     rows = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
@@ -180,8 +206,8 @@ def _read_problems(path, key):
             except ValueError as e:
                 die(f"{where}: not JSON ({e})")
             if not isinstance(row, dict):
-                die(f"{where}: expected an object with 'problem' and 'answer', got {type(row).__name__}")
-            for field in ("problem", "answer"):
+                die(f"{where}: expected an object with 'problem' and {second!r}, got {type(row).__name__}")
+            for field in ("problem", second):
                 value = row.get(field)
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and field == "answer":
                     value = row[field] = repr(value)
@@ -209,12 +235,103 @@ def drop_evaluated(problems, dataset, data_dir, evaluated):
         except Exception as e:  # gated, or gone: the others can still be looked at
             print0(f"note: {name} cannot be had from the hub ({type(e).__name__}); training problems may be in it")
 
-    def text(row):
-        return "".join(row["problem"].lower().split())
-
-    seen = set(map(text, rows))
-    kept = [row for row in problems if text(row) not in seen]
+    seen = set(map(_text, rows))
+    kept = [row for row in problems if _text(row) not in seen]
     return kept, len(problems) - len(kept)
+
+
+def _text(row):
+    """A problem's text without spaces and case, by which rows of different files are the same problem."""
+    return "".join(row["problem"].lower().split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# demonstrations
+
+def load_demos(problems, dataset, path=None):
+    """Demonstrations of every problem, a list of lists of texts: its own "solution", or those of the JSON Lines file
+    `path` (`problem`, `solution`) with the same problem. Ends the program if there is none at all."""
+    if path is None:
+        demos = [[row["solution"]] if isinstance(row.get("solution"), str) else [] for row in problems]
+        if not any(demos):
+            die(f"demos: the rows of dataset {dataset} have no 'solution', and no file of demonstrations is given")
+        return demos
+    if not os.path.isfile(path):
+        die(f"demos: {path} is not a file")
+    of_problem = {}
+    rows = _read_problems(path, "demos", "solution")
+    for row in rows:
+        of_problem.setdefault(_text(row), []).append(row["solution"])
+    demos = [of_problem.get(_text(row), []) for row in problems]
+    if not any(demos):
+        die(f"demos: {path}: none of its {len(rows)} demonstrations is of a problem in dataset {dataset}")
+    return demos
+
+
+def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
+    """Grade the demonstrations and give each problem its first right one. All ranks call together, each grades a share.
+
+    Sets row["solution"] (str; None without a right one) and row["anchor"]: True if it is short enough to be trained on,
+    end token (`end_token`) included; it is dropped otherwise, never cut. Returns counts, a dict of ints: read, wrong,
+    too_long, problems_without (a right one).
+    """
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = range(rank, len(problems), world)
+    verdicts = iter(grade_all([(text, problems[i]) for i in mine for text in demos[i]], progress=is_rank0()))
+    share = []
+    for i in mine:
+        right = [text for text, verdict in [(t, next(verdicts)) for t in demos[i]] if verdict]
+        fits = bool(right) and len(encode_anchor(tokenizer, prompts[i], right[0], end)) <= max_response_tokens
+        share.append((i, len(right), right[0] if right else None, fits))
+    shares = [None] * world
+    dist.all_gather_object(shares, share)
+    counts = dict(read=sum(map(len, demos)), wrong=sum(map(len, demos)), too_long=0, problems_without=0)
+    for i, n, text, fits in (row for share in shares for row in share):
+        problems[i] = dict(problems[i], solution=text, anchor=fits)
+        counts["wrong"] -= n
+        counts["too_long"] += text is not None and not fits
+        counts["problems_without"] += text is None
+    return counts
+
+
+def end_token(tokenizer, model):
+    """The token that ends a response: what the chat template writes after an assistant's turn, if vLLM stops there, else
+    end-of-sequence. model: folder or hub id, for its generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        stops = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # has none
+        stops = None
+    stops = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("!")[2]
+        for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
+            if token in stops:
+                return token
+    return tokenizer.eos_token_id
+
+
+def encode_anchor(tokenizer, prompt, text, end):
+    """Token ids of a demonstration as the response to a prompt, int32 (R,), the end token included."""
+    if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):  # the template has opened it already
+        text = text.lstrip().removeprefix("<think>").lstrip()
+    if not tokenizer.chat_template:
+        text = " " + text.lstrip()  # after "Answer:"
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"] + [end], dtype=np.int32)
+
+
+def with_anchor(group, ids, replace):
+    """The group with its demonstration (ids, of the text group["solution"]) as its last response, correct and not
+    sampled: in place of the last rollout, or as one more."""
+    kept = len(group["responses"]) - bool(replace)
+    return dict(group, responses=group["responses"][:kept] + [ids],
+                logprobs=group["logprobs"][:kept] + [np.zeros(len(ids), dtype=np.float32)],  # nobody reads them
+                texts=group["texts"][:kept] + [group["solution"]], truncated=np.append(group["truncated"][:kept], False),
+                rewards=np.append(group["rewards"][:kept], np.float32(1)), anchor=np.append(group["anchor"][:kept], True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,22 +434,26 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
 
 def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens, top_p=1.0, progress=False,
              seeds=None):
-    """n graded responses to every prompt: one group, a dict, per problem.
+    """n graded responses (or n[i]) to every prompt: one group, a dict, per problem.
 
     seeds: int per prompt, whose responses then depend on nothing else; None: sampling follows torch's generator.
 
         problem, answer   str
+        solution          str or None, the demonstration
         prompt            int32 (P,)
         responses         n int32 arrays (R_i,), end-of-sequence token included
         logprobs          n float32 arrays (R_i,), vLLM's log-probability of each sampled token at `temperature`
         texts             n str, special tokens left out
         truncated         bool (n,): hit max_response_tokens, so incorrect
         rewards           float32 (n,): 1 correct, 0 incorrect
+        anchor            bool (n,), all False: none is a demonstration, see with_anchor
     """
     from vllm import SamplingParams
 
+    counts = n if isinstance(n, list) else [n] * len(prompts)
     params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, seed=s,
-                             logprobs=0, flat_logprobs=True, detokenize=False) for s in seeds or [None] * len(prompts)]
+                             logprobs=0, flat_logprobs=True, detokenize=False)
+              for n, s in zip(counts, seeds or [None] * len(prompts))]
     engine.reset_prefix_cache()  # never another policy's keys and values; the same numbers whatever ran before
     requests = [{"prompt_token_ids": p.tolist()} for p in prompts]
     results = engine.generate(requests, params, use_tqdm=partial(tqdm, leave=False) if progress and is_rank0() else False)
@@ -342,29 +463,34 @@ def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_
     verdicts = iter(grade_all([("" if cut else text, problem) for problem, ts, cuts in zip(problems, texts, truncated)
                                for text, cut in zip(ts, cuts)], progress and is_rank0()))
     return [dict(
-        problem=problem["problem"], answer=problem["answer"], prompt=prompt,
+        problem=problem["problem"], answer=problem["answer"], solution=problem.get("solution"), prompt=prompt,
         responses=[np.asarray(o.token_ids, dtype=np.int32) for o in outs],
         logprobs=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
         texts=texts[i], truncated=truncated[i], rewards=np.array([next(verdicts) for _ in outs], dtype=np.float32),
+        anchor=np.zeros(len(outs), dtype=bool),
     ) for i, (problem, prompt, outs) in enumerate(zip(problems, prompts, outputs))]
 
 
-def generate_all_ranks(engine, tokenizer, problems, prompts, tensor_parallel=1, seeds=None, **kwargs):
+def generate_all_ranks(engine, tokenizer, problems, prompts, n, tensor_parallel=1, seeds=None, **kwargs):
     """`generate` with the problems dealt over the engines. Every rank gets all groups, in the order of `problems`."""
     import torch.distributed as dist
 
     engines = dist.get_world_size() // tensor_parallel
     mine = slice(dist.get_rank() // tensor_parallel, None, engines)  # engine e has the problems e, e + engines, ...
-    groups = generate(engine, tokenizer, problems[mine], prompts[mine], seeds=seeds and seeds[mine], **kwargs) \
-        if problems[mine] else []
+    groups = generate(engine, tokenizer, problems[mine], prompts[mine], n=n[mine] if isinstance(n, list) else n,
+                      seeds=seeds and seeds[mine], **kwargs) if problems[mine] else []
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, groups)
     return [shares[i % engines * tensor_parallel][i // engines] for i in range(len(problems))]
 
 
 def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompts_per_step, oversample, max_rounds,
-                 keep_all, **kwargs):
+                 keep_all, n, anchors="none", hard_only=False, end=None, **kwargs):
     """Dynamic sampling (DAPO): rounds of groups until `prompts_per_step` of them have both outcomes.
+
+    n: responses a prompt. anchors: "replace" or "add": a demonstration joins every group whose problem has one
+    (row["anchor"], see verify_demos), in place of a rollout or as one more response, before the group is accepted or
+    not; hard_only: only groups without a correct rollout. end: end_token.
 
     The data order is a fresh shuffle an epoch; `position` (prompts, all ranks) counts along it. A round asks for
     `oversample` times the missing prompts; groups are accepted in the order they were issued, and the position stops
@@ -376,7 +502,12 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
         missing = prompts_per_step - len(accepted)
         size = missing if keep_all else math.ceil(missing * oversample)
         order = [data_index(position + i, len(problems), seed) for i in range(size)]
-        groups = generate_all_ranks(engine, tokenizer, [problems[i] for i in order], [prompts[i] for i in order], **kwargs)
+        joined = [anchors != "none" and problems[i]["anchor"] for i in order]
+        fewer = anchors == "replace" and not hard_only  # then the rollout that is replaced need not be sampled
+        groups = generate_all_ranks(engine, tokenizer, [problems[i] for i in order], [prompts[i] for i in order],
+                                    n=[n - (fewer and joins) for joins in joined], **kwargs)
+        groups = [with_anchor(g, encode_anchor(tokenizer, g["prompt"], g["solution"], end), anchors == "replace" and hard_only)
+                  if joins and not (hard_only and g["rewards"].any()) else g for g, joins in zip(groups, joined)]
         sampled += groups
         for group in groups:
             position += 1
@@ -454,8 +585,8 @@ def push_weights(engine, weights, tied, sleep_level=0):
 # evaluation
 
 def accuracy(groups):
-    """Mean reward over all responses."""
-    return float(np.mean([g["rewards"].mean() for g in groups]))
+    """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
+    return float(np.mean([g["rewards"][~g["anchor"]].mean() for g in groups]))
 
 
 def write_jsonl(path, rows):

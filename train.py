@@ -8,11 +8,13 @@ A step: sample groups of responses through vLLM, grade them, keep the groups wit
 on them, push the weights to vLLM. Settings are the globals below; config files and flags override them (configurator.py).
 """
 import contextlib
+import itertools
 import json
 import math
 import os
 import resource
 import time
+from functools import partial
 
 from configurator import configure, die, is_rank0, print0, save_config
 
@@ -40,7 +42,7 @@ gpu_memory_utilization = 0.5  # share of each GPU that vLLM takes (CUDA)
 max_num_seqs = 256            # sequences a vLLM engine runs at once
 sleep_level = 1               # while training, vLLM's weights: 1 to host memory, 2 dropped, 0 stay on the GPU (CUDA)
 # variant and loss
-variant = "grpo"              # "grpo", "pos_only", "random" or "nthr": advantages.token_advantages
+variant = "grpo"              # "grpo", "pos_only", "random", "nthr" or "dagrpo": advantages.token_advantages
 nthr_beta = 1.0               # NTHR and Random: tau = nthr_beta x the lowest mean score of a correct response; -inf: all
 nthr_eta = None               # what NTHR leaves of a selected token's advantage: None is the paper's "2|0.5-p|"; "p", "1-p",
                               # or a number; p is the group's success rate
@@ -52,6 +54,19 @@ neg_weight = 1.0              # times those of incorrect ones
 clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
 clip_high = 0.2               # 0.28: clip-higher (DAPO)
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded (the NTHR paper: 1e-4)
+# DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
+demos = None                  # JSON Lines file with `problem` and `solution`; None: the data set's own solutions
+judge = "rubric"              # scores for variant dagrpo: "rubric", "self" (the engine) or a server, "http://host:port/v1" (judge.py)
+judge_model = None            # of a server; None: the first it lists
+judge_tokens = 512            # a reply has at most
+judge_retries = 2             # times a reply without a score is asked for again, and a server that fails tried again
+judge_timeout = 60.0          # seconds a server may take for a reply
+judge_concurrency = 32        # requests to a server at once, per rank
+delta = 3.0                   # points (of 1 to 10) that tell a response from the hardest one of the other sign; else masked
+anchors = 0                   # demonstrations in a group, 0 or 1
+anchor_mode = "replace"       # "replace" one of the group_size rollouts, or "add" to them
+anchor_hard_only = False      # only in groups without a correct rollout
+anchor_loss = "luffy"         # of their tokens: "luffy" (shaped by pi / (pi + 0.1)) or "logp" (eq. 13): advantages.anchor_loss
 # optimization
 max_steps = 100               # steps in all, those before a resume included
 prompts_per_update = 32       # prompts a gradient update uses, all ranks; prompts_per_step / this = updates a step
@@ -78,20 +93,21 @@ config = configure(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 # refuse bad input before anything large is loaded
 
-from rollout import (accuracy, build_engine, check_lengths, drop_evaluated, encode_prompts, generate_all_ranks, load_problems,
-                     load_tokenizer, sample_batch, sleep_engine, splits, sync_weights)  # before torch: it sets its threads
+from rollout import (accuracy, build_engine, check_lengths, drop_evaluated, encode_prompts, end_token, generate_all_ranks,
+                     load_demos, load_problems, load_tokenizer, sample_batch, sleep_engine, splits, sync_weights,
+                     verify_demos)  # before torch: it sets its threads
+from judge import ask_engine, ask_server, judge_all_ranks, judge_prompt, open_server, read_cache
 
 DTYPES = ("auto", "float32", "bfloat16")
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
-VARIANTS = ("grpo", "pos_only", "random", "nthr")
+VARIANTS = ("grpo", "pos_only", "random", "nthr", "dagrpo")
 ETAS = ("2|0.5-p|", "p", "1-p")
-if variant == "dagrpo":
-    die("variant: dagrpo's masks need a judge's scores (advantages.dagrpo_masks), which train.py cannot make yet")
 for key, known in (("variant", VARIANTS), ("parallel", ("ddp", "fsdp")), ("nthr_vocab", ("response", "full")),
                    ("advantage_norm", ("std", "mean")), ("loss_norm", ("group", "token", "constant")),
-                   ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES)):
+                   ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES), ("anchors", (0, 1)),
+                   ("anchor_mode", ("replace", "add")), ("anchor_loss", ("luffy", "logp"))):
     if config[key] not in known:
-        die(f"{key}: {config[key]!r} is none of {', '.join(known)}")
+        die(f"{key}: {config[key]!r} is none of {', '.join(map(str, known))}")
 eta = "2|0.5-p|" if nthr_eta is None else nthr_eta
 if eta not in ETAS and (isinstance(eta, bool) or not isinstance(eta, (int, float))):
     die(f"nthr_eta: {eta!r} is neither a number nor one of {', '.join(ETAS)}")
@@ -100,13 +116,19 @@ if math.isnan(nthr_beta) or nthr_beta == math.inf:
 if group_size < 2:
     die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
 for key in ("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "max_rounds", "oversample",
-            "temperature", "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs"):
+            "temperature", "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs",
+            "judge_tokens", "judge_timeout", "judge_concurrency"):
     if not config[key] > 0 or (key == "oversample" and oversample < 1):
         die(f"{key}: {config[key]} is too small")
 for key in ("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
-            "weight_decay", "samples_per_step", "seed"):
+            "weight_decay", "samples_per_step", "seed", "judge_retries"):
     if config[key] < 0:
         die(f"{key}: {config[key]} is negative")
+served = judge.startswith(("http://", "https://"))
+if not served and judge not in ("rubric", "self"):
+    die(f"judge: {judge!r} is none of rubric, self and an address, http://host:port/v1")
+if not 0 < delta <= 9:
+    die(f"delta: {delta} is not in (0, 9], the differences of scores from 1 to 10")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):
@@ -120,20 +142,30 @@ if dropped:
     print0(f"{dataset}: {dropped} problems are in an evaluation set too and were dropped; {len(train_problems)} are left")
 if not train_problems:
     die(f"dataset: all problems of {dataset} are in an evaluation set")
+judged = variant == "dagrpo"
+demonstrations = load_demos(train_problems, dataset, demos) if judged or anchors else None
+if judged and served:
+    client, judge_model = open_server(judge, judge_model, judge_timeout, judge_retries)
 tokenizer, hf_config = load_tokenizer(model)
 prompts = encode_prompts(tokenizer, train_problems, dataset, system_prompt, few_shot)
 test_prompts = encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)  # asked as in training
 context = max(check_lengths(p, max_response_tokens, hf_config.max_position_embeddings, name)
               for p, name in ((prompts, f"dataset {dataset}"), (test_prompts, f"eval_dataset {eval_dataset}")) if p)
+if judged and judge == "self":  # as long as its longest question, if the model's context is
+    problem, solution = max(((row["problem"], d) for row, ds in zip(train_problems, demonstrations) for d in ds),
+                            key=lambda pair: sum(map(len, pair)))
+    question = judge_prompt(dict(problem=problem, solution=solution, answer=""), "")
+    context = max(context, min(hf_config.max_position_embeddings,
+                               len(tokenizer(question)["input_ids"]) + 64 + max_response_tokens + judge_tokens))
 
 import numpy as np
 import torch  # after the checks: it takes seconds to import
 import torch.distributed as dist
 from tqdm import tqdm
 
-from advantages import (check_rewards, group_advantages, influence, kl_k3, nthr_eta as eta_of, nthr_select, policy_loss,
-                        random_like, token_advantages, token_weights)
-from model_utils import (balance, full, load_optimizer, load_policy, make_optimizer, mfu, newest_checkpoint, open_run,
+from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advantages, influence, kl_k3, nthr_eta as eta_of,
+                        nthr_select, policy_loss, random_like, token_advantages, token_weights)
+from model_utils import (balance, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu, newest_checkpoint, open_run,
                          optimizer_step, pack_all, parallelize, plan_micro_batches, plot_curves, save_checkpoint,
                          setup_distributed, splits_groups)
 
@@ -157,6 +189,15 @@ counts = [None] * world_size
 dist.all_gather_object(counts, len(train_problems))
 if len(set(counts)) > 1:  # one could not read an evaluation set from the hub
     die(f"dataset: the ranks have different numbers of training problems: {counts}")
+end = end_token(tokenizer, model)
+if demonstrations is not None:
+    found = verify_demos(tokenizer, train_problems, prompts, demonstrations, max_response_tokens, end)
+    print0(f"{found['read']} demonstrations, {found['wrong']} of them wrong and dropped; {found['problems_without']} of "
+           f"{len(train_problems)} problems have none; {found['too_long']} are too long to be anchors")
+    if found["problems_without"] == len(train_problems):
+        die(f"demos: all {found['read']} demonstrations are wrong: their last \\boxed{{}} is not the answer")
+    if anchors and not any(row["anchor"] for row in train_problems):
+        die(f"anchors: all demonstrations are longer than max_response_tokens={max_response_tokens}")
 if is_rank0():
     open_run(out_dir, start and start_state["step"])
     save_config(config, os.path.join(out_dir, "run_config.json"))
@@ -168,6 +209,10 @@ policy = load_policy(start or model, compute, device, activation_checkpointing)
 net = parallelize(policy, parallel)
 net.train()
 ref = load_policy(model, compute, device).requires_grad_(False) if kl_coef else None
+if judged:
+    scores_known = read_cache(out_dir)  # of this run before it was resumed
+    ask = partial(ask_server, client=client, model=judge_model, max_tokens=judge_tokens, concurrency=judge_concurrency) \
+        if served else partial(ask_engine, engine=engine, tokenizer=tokenizer, max_tokens=judge_tokens)
 optimizer = make_optimizer(policy, "adamw", learning_rate, adam_betas, weight_decay)
 if start:
     load_optimizer(start, optimizer)
@@ -273,9 +318,15 @@ while True:
     groups, sampled, position = sample_batch(
         engine, tokenizer, train_problems, prompts, position, seed, prompts_per_step=prompts_per_step,
         oversample=oversample, max_rounds=max_rounds, keep_all=not dynamic_sampling, n=group_size,
+        anchors=anchor_mode if anchors else "none", hard_only=anchor_hard_only, end=end,
         temperature=temperature, max_response_tokens=max_response_tokens)
-    sleep_engine(engine, sleep_level)
     lap("rollout")
+    if judged:  # while the engine is awake and has nothing else to do
+        name = judge_model if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
+        judge_counts = judge_all_ranks(groups, judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
+                                       judge_retries)
+        lap("judge")
+    sleep_engine(engine, sleep_level)
 
     # updates: mini-batches of groups, each dealt to the ranks; this rank's share is flat tokens in micro-batches
     updates = []
@@ -290,20 +341,28 @@ while True:
         check_rewards(rewards)
         group = torch.repeat_interleave(torch.arange(len(mine)), torch.tensor(sizes, dtype=torch.int64)).to(device)
         response = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)     # (N,)
+        is_anchor = torch.tensor([a for g in mine for a in g["anchor"]], dtype=torch.bool, device=device)  # (B,)
         advantages = group_advantages(rewards, group, advantage_norm)                              # (B,)
+        margins = lam = None
+        if judged:
+            scores = torch.tensor([s for g in mine for s in g["scores"]], device=device)           # (B,), nan: not judged
+            margins = dagrpo_margins(scores, advantages, group)
+            lam = dagrpo_masks(scores, advantages, group, delta)
         advantages = advantages * torch.where(rewards == 1, pos_weight, neg_weight)
         rollout_logp = np.concatenate([l for g in mine for l in g["logprobs"]] or [np.empty(0, "f4")])
         update = dict(
             groups=mine, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
+            is_anchor=is_anchor, margins=margins, lam=lam,
             first_response=np.cumsum([0] + sizes).tolist(),                                        # (M+1,), of each group
             first_token=np.cumsum([0] + [sum(len(r) for r in g["responses"]) for g in mine]).tolist(),
             batches=pack_all(mine, plans[rank], device, at_least=max(map(len, plans)), share_prompts=share_prompts),
             rollout_logp=torch.from_numpy(rollout_logp).to(device),                                # (N,)
             moved=torch.zeros_like(rewards),  # (B,) log-likelihood since the step began, when its update comes
-            token_weights=token_weights(response, group, len(chunk), loss_norm, group_size=group_size,  # (N,)
+            token_weights=token_weights(response, group, len(chunk), loss_norm,                    # (N,)
                                         tokens_in_update=sum(len(r) for g in chunk for r in g["responses"]),
                                         max_tokens=max_response_tokens),
-            token_advantages=token_advantages("grpo" if scored else variant, advantages, rewards, response, group))
+            token_advantages=token_advantages("grpo" if scored else variant, advantages, rewards, response, group,
+                                              lam=lam))
         # the first update meets the policy that sampled: its old log-probabilities, and NTHR's states if no group is cut
         # in two, are those of its own training forward. Later updates need a forward pass before the first
         update["old_pass"] = bool(updates) or scored and any(map(splits_groups, plans))
@@ -336,9 +395,10 @@ while True:
         lr *= max(0.0, 1 - (step - 1) / decay_steps)
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # over this rank's response tokens; read below, in order
-    counts = torch.tensor([sum(b.span.stop - b.span.start for u in updates for b in u["batches"]),
-                           sum(b.input_ids.numel() for u in updates for b in u["batches"])])  # response and packed tokens
+    sums = torch.zeros(7, dtype=torch.float64, device=device)  # over this rank's tokens; read below, in order
+    counts = torch.tensor([sum(int((~u["is_anchor"][u["response"]]).sum()) for u in updates),  # sampled and anchor tokens
+                           sum(int(u["is_anchor"][u["response"]].sum()) for u in updates),
+                           sum(b.input_ids.numel() for u in updates for b in u["batches"])])   # packed tokens
     gap_max = torch.zeros((), device=device)
     displaced = torch.zeros(3, dtype=torch.float64, device=device)  # correct responses; log-likelihood change; how many fell
     grad_norms = []
@@ -354,19 +414,21 @@ while True:
                 if fresh:
                     spare_tokens(update, batch, *states, head, picker, nthr_sums)
                 old = logp.detach() if update["old_logp"] is None else update["old_logp"][span]
+                anchor = update["is_anchor"][update["response"][span]]                             # (n,)
                 loss, clipped, kl = policy_loss(
                     logp, old, update["token_advantages"][span], update["token_weights"][span], clip_low, clip_high,
-                    kl_coef, update["ref_logp"][span] if ref is not None else None)
+                    kl_coef, update["ref_logp"][span] if ref is not None else None, anchor, anchor_loss)
                 (loss * world_size).backward()  # gradients are averaged over ranks; the loss is their sum
             with torch.no_grad():
                 if update is not updates[0]:
                     update["moved"].index_add_(0, update["response"][span], logp - old)
-                gap = (old - update["rollout_logp"][span]).abs()
+                gap = (old - update["rollout_logp"][span]).abs().where(~anchor, 0)  # these figures are of sampled tokens
                 gap_max = torch.maximum(gap_max, gap.max() if n else gap_max)
-                sums += torch.stack([loss, entropy.sum(), clipped.sum(), kl.sum(), kl_k3(old, logp).sum(), gap.sum()]).double()
+                sums += torch.stack([loss, entropy.where(~anchor, 0).sum(), clipped.sum(), kl.sum(),
+                                     kl_k3(old, logp).where(~anchor, 0).sum(), gap.sum(), logp.where(anchor, 0).sum()]).double()
         grad_norms.append(optimizer_step(policy, optimizer, grad_clip))
         if update is not updates[0]:  # what the step's earlier updates did to the correct responses of this one
-            correct = update["rewards"] == 1
+            correct = (update["rewards"] == 1) & ~update["is_anchor"]
             displaced += torch.stack([correct.sum(), (update["moved"] * correct).sum(),
                                       (correct & (update["moved"] < 0)).sum()]).double()
     lap("update")
@@ -380,14 +442,14 @@ while True:
         dist.all_reduce(x)
     dist.all_reduce(gap_max, dist.ReduceOp.MAX)
     seconds["time/step"] = clock[-1] - clock[0]
-    (n, packed), (loss, entropy, clipped, kl, kl_old, gap) = counts.tolist(), sums.tolist()
+    (n, anchor_tokens, packed), (loss, entropy, clipped, kl, kl_old, gap, anchor_logp) = counts.tolist(), sums.tolist()
     tokens = max(n, 1)
-    responses = [len(r) for g in sampled for r in g["responses"]]
+    responses = [len(r) for g in sampled for r, a in zip(g["responses"], g["anchor"]) if not a]
     row = {
         "step": step, "reward/mean": accuracy(groups) if groups else 0.0, "reward/accuracy": accuracy(sampled),
         "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
         "rollout/response_tokens": n, "rollout/mean_length": float(np.mean(responses)),
-        "rollout/truncated": float(np.mean([g["truncated"] for g in sampled])),
+        "rollout/truncated": float(np.mean([cut for g in sampled for cut in g["truncated"][~g["anchor"]]])),
         "train/loss": loss / max(len(updates), 1), "train/entropy": entropy / tokens,
         "train/grad_norm": float(torch.stack(grad_norms).mean()) if grad_norms else 0.0,
         "train/clip_fraction": clipped / tokens, "train/kl": kl / tokens, "train/kl_old": kl_old / tokens,
@@ -403,23 +465,51 @@ while True:
         row |= {"nthr/selected": selected / max(wrong, 1), "nthr/tau_negative": tau_negative / max(scored_groups, 1),
                 "nthr/tau": tau_sum / max(scored_groups, 1), "nthr/eta": eta_sum / max(scored_groups, 1),
                 "nthr/s_selected": s_selected / max(selected, 1), "nthr/s_others": s_others / max(wrong - selected, 1)}
+    if judged and groups:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, [np.array([x.tolist() for x in parts]) for u in updates for parts in zip(*(
+            u[key].split([len(g["responses"]) for g in u["groups"]]) for key in ("advantages", "margins", "lam")))])
+        of_groups = [x for share in shares for x in share]                                         # (3, n) each
+        a, margin, kept = np.concatenate(of_groups, axis=1)
+        margin = margin[np.isfinite(margin)]
+        row |= {f"judge/{key}": judge_counts[key] for key in ("asked", "cached")}
+        row |= {"judge/failed": judge_counts["groups_failed"],
+                "dagrpo/lambda_pos": kept[a > 0].sum() / max((a > 0).sum(), 1),
+                "dagrpo/lambda_neg": kept[a < 0].sum() / max((a < 0).sum(), 1),
+                "dagrpo/fully_masked": float(np.mean([not k[a != 0].any() for a, _, k in of_groups]))}
+        row |= {f"dagrpo/margin_p{q}": float(np.percentile(margin, q)) for q in (10, 50, 90) if len(margin)}
+    if anchors and groups:
+        row |= {"anchor/groups": sum(bool(g["anchor"].any()) for g in groups), "anchor/tokens": anchor_tokens,
+                "anchor/hard": float(np.mean([not g["rewards"][~g["anchor"]].any() for g in groups])),
+                "anchor/logp": anchor_logp / max(anchor_tokens, 1)}
     if displaced[0] > 0:  # with several updates a step: what the earlier ones did to correct responses of the later ones
         row |= {"displacement/mean": (displaced[1] / displaced[0]).item(),
                 "displacement/fell": (displaced[2] / displaced[0]).item()}
     if on_cuda:
         row["perf/mfu"] = mfu(policy.model, packed / world_size, seconds["time/update"])
     if is_rank0():
-        flat = [(g, i, a) for u in updates for g, advs in zip(u["groups"], u["advantages"].view(-1, group_size).tolist())
-                for i, a in enumerate(advs)]
+        finite = lambda x: x if math.isfinite(x) else None  # JSON has no nan
+        flat = zip([(g, i) for u in updates for g in u["groups"] for i in range(len(g["responses"]))],
+                   [a for u in updates for a in u["advantages"].tolist()],
+                   [dict(score=finite(s), margin=finite(m), kept=k) for u in updates for s, m, k in zip(
+                       [s for g in u["groups"] for s in g["scores"].tolist()], u["margins"].tolist(), u["lam"].tolist())]
+                   if judged else itertools.repeat({}))
         log(row, [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
-                       response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a,
-                       truncated=bool(g["truncated"][i])) for g, i, a in flat[:samples_per_step]])
+                       response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a, truncated=bool(g["truncated"][i]),
+                       anchor=bool(g["anchor"][i]), **judgement)
+                  for (g, i), a, judgement in itertools.islice(flat, samples_per_step)])
+        extra = ""
+        if "dagrpo/lambda_pos" in row:
+            extra += (f" lambda +{row['dagrpo/lambda_pos']:.2f} -{row['dagrpo/lambda_neg']:.2f}, groups masked "
+                      f"{row['dagrpo/fully_masked']:.2f}, not judged {row['judge/failed']},")
+        if "anchor/logp" in row:
+            extra += f" anchors {row['anchor/groups']} (hard {row['anchor/hard']:.2f}) logp {row['anchor/logp']:.2f},"
         phases = " ".join(f"{k[5:]} {v:.1f}" for k, v in seconds.items())
         tqdm.write(f"step {step}: accuracy {row['reward/accuracy']:.3f}, {len(groups)}/{len(sampled)} groups, {n} "
                    f"tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
                    f"{row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad {row['train/grad_norm']:.2f}, clip "
                    f"{row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap {row['gap/mean']:.1e}/"
-                   f"{row['gap/max']:.1e}, s: {phases}")
+                   f"{row['gap/max']:.1e},{extra} s: {phases}")
         bar.set_postfix_str(f"accuracy {row['reward/accuracy']:.2f}, {seconds['time/step']:.1f} s/step")
     bar.update()
 

@@ -96,7 +96,7 @@ def test_worked_example_of_the_normalisations():
 
     def loss(advantage_norm, norm):
         a = group_advantages(rewards, group, advantage_norm)[response]
-        w = token_weights(response, group, 2, norm, tokens_in_update=8, group_size=2, max_tokens=5)
+        w = token_weights(response, group, 2, norm, tokens_in_update=8, max_tokens=5)
         return (w * clipped_loss(logp, logp, a, 0.2, 0.2)[0]).sum().item()
 
     assert loss("std", "group") == pytest.approx(1 / 4)

@@ -252,7 +252,7 @@ def test_all_masked_group_has_exactly_no_gradient():
     lam = dagrpo_masks(torch.tensor([5.0, 4.0, 5.0, 5.0]), a, group)
     adv = token_advantages("dagrpo", a, rewards, response, group, lam=lam)
     logp = torch.randn(6, requires_grad=True)
-    w = token_weights(response, group, 1, "constant", group_size=4, max_tokens=8)
+    w = token_weights(response, group, 1, "constant", max_tokens=8)
     loss = (w * clipped_loss(logp, logp.detach() + 0.1, adv, 0.2, 0.2)[0]).sum()
     loss.backward()
     assert lam.sum() == 0 and loss.item() == 0 and (logp.grad == 0).all()

@@ -1,0 +1,27 @@
+# DaGRPO, Qwen2.5-Math-7B on OpenR1-Math-46k-8192, the settings of the paper (arXiv 2512.06337) where it states them:
+#   OPENAI_API_KEY=... torchrun --nproc_per_node=8 train.py config/dagrpo_math.py
+#   ... --anchors=0                                                     the row "w/o off-policy"
+#   ... --variant=grpo --anchors=0, ... --variant=grpo                  GRPO; with anchors, nearest to LUFFY
+model = "Elliott/Qwen2.5-Math-7B-16k-think"  # Qwen2.5-Math-7B, context 4096 made 16384 (rope_theta 40000), as for LUFFY
+dataset = "openr1-math-46k-8192"  # the demonstrations are its R1 traces
+eval_dataset = "math500"
+eval_problems = 500
+out_dir = "out/dagrpo_math"
+variant = "dagrpo"
+judge = "https://api.openai.com/v1"  # 1,024 requests a step, each with a trace of up to 8192 tokens: look at the price first
+judge_model = "gpt-4o"               # --judge=rubric costs nothing; --judge=http://host:8000/v1 --judge_model=None: your own vLLM
+delta = 3.0
+anchors = 1                   # 7 rollouts and a demonstration
+advantage_norm = "mean"       # Dr.GRPO
+loss_norm = "constant"
+kl_coef = 0.0
+group_size = 8
+temperature = 1.0
+max_response_tokens = 8192
+prompts_per_step = 128
+prompts_per_update = 64
+learning_rate = 1e-6
+max_steps = 500
+tokens_per_micro_batch = 32768
+activation_checkpointing = True
+parallel = "fsdp"
