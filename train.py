@@ -124,7 +124,7 @@ for key in ("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef"
             "weight_decay", "samples_per_step", "seed", "judge_retries"):
     if config[key] < 0:
         die(f"{key}: {config[key]} is negative")
-served = judge.startswith(("http://", "https://"))
+served = str(judge).startswith(("http://", "https://"))
 if not served and judge not in ("rubric", "self"):
     die(f"judge: {judge!r} is none of rubric, self and an address, http://host:port/v1")
 if not 0 < delta <= 9:

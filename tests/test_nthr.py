@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from advantages import (anchor_loss, clipped_loss, dagrpo_masks, group_advantages, gwhes, influence, nthr_select,
-                        random_like, token_advantages, token_weights)
+from advantages import (anchor_loss, clipped_loss, dagrpo_margins, dagrpo_masks, group_advantages, gwhes, influence,
+                        nthr_select, policy_loss, random_like, token_advantages, token_weights)
 
 D, V = 7, 19
 
@@ -243,6 +243,45 @@ def test_dagrpo_masks_against_a_loop():
         assert lam.tolist() == [1, 0, 1]
     for sign in (1.0, -1.0):
         assert dagrpo_masks(torch.tensor([5.0, 5.0]), torch.tensor([sign, 0.0]), torch.zeros(2).long()).tolist() == [0, 0]
+
+
+def test_margins_and_groups_that_were_not_judged():
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    a = torch.tensor([2.0, -1, -1, 1, 0, -1, 0, 0])
+    scores = torch.tensor([9.1, 4.0, 6.1, 8.0, 9.0, torch.nan, 3.0, 1.0])
+    margins = dagrpo_margins(scores, a, group)
+    assert torch.allclose(margins[:3], torch.tensor([3.0, 5.1, 3.0])) and margins[3:6].isnan().all()
+    assert (margins[6:] == -torch.inf).all()  # nothing to tell apart
+    assert dagrpo_masks(scores, a, group).tolist() == [1, 1, 1, 1, 1, 1, 0, 0]  # not judged: without masks
+    assert dagrpo_masks(scores, a, group, 4.0).tolist() == [0, 1, 0, 1, 1, 1, 0, 0]
+    assert len(dagrpo_margins(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))) == 0
+
+
+@pytest.mark.parametrize("form", ["luffy", "logp"])
+def test_loss_of_rollouts_and_anchors_against_its_definition(form):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(200, generator=g, dtype=torch.float64)
+    logp = (-draw().abs()).requires_grad_()
+    old, ref, a, w = logp.detach() + 0.3 * draw(), logp.detach() + draw(), draw(), draw().abs()
+    anchor = torch.rand(200, generator=g) < 0.3
+    old[anchor] = torch.where(torch.rand(int(anchor.sum()), generator=g) < 0.5, -2000.0, 0.0).double()  # nobody's: must not matter
+    loss, clipped, kl = policy_loss(logp, old, a, w, 0.2, 0.3, 0.05, ref, anchor, form)
+    got, = torch.autograd.grad(loss, logp)
+    want = torch.zeros((), dtype=torch.float64)
+    for i in range(200):
+        if anchor[i]:
+            term = a[i] * (logp[i] if form == "logp" else logp[i].exp() / (logp[i].exp() + 0.1))
+            assert clipped[i] == kl[i] == 0
+        else:
+            ratio = (logp[i] - old[i]).exp()
+            term = torch.minimum(ratio * a[i], ratio.clamp(0.8, 1.3) * a[i])
+            term = term - 0.05 * ((ref[i] - logp[i]).exp() - (ref[i] - logp[i]) - 1)
+        want = want - w[i] * term
+    assert loss.item() == pytest.approx(want.item()) and torch.allclose(got, torch.autograd.grad(want, logp)[0])
+    assert 0 < clipped.sum() and kl[~anchor].min() > 0
+    # without anchors in it, the loss is the same with and without being told so
+    none = policy_loss(logp, logp.detach(), a, w, anchor=torch.zeros(200, dtype=torch.bool), anchor_form=form)
+    assert torch.equal(none[0], policy_loss(logp, logp.detach(), a, w)[0])
 
 
 def test_all_masked_group_has_exactly_no_gradient():

@@ -122,3 +122,40 @@ def test_dynamic_sampling_accepts_in_order(world):
     assert len(groups) == len(sampled) == position == 5
     groups, sampled, position = batch(prompts_per_step=7, oversample=1.0, max_rounds=1, keep_all=False)
     assert position == len(sampled) == 7 and len(groups) < 7  # the limit: what there is
+
+
+def test_demonstrations_join_groups_before_they_are_accepted(world):
+    engine, tok, _, _, _ = world
+    rows = rollout.load_problems("sums", "train")[:6]
+    rows[1]["solution"] = "the answer is \\boxed{7}"       # wrong
+    rows[2]["solution"] = "so " * 60 + rows[2]["solution"]  # too long
+    prompts = rollout.encode_prompts(tok, rows, "sums", few_shot=())
+    end = rollout.end_token(tok, "models/SmolLM2-135M-Instruct")
+    counts = rollout.verify_demos(tok, rows, prompts, rollout.load_demos(rows, "sums"), 48, end)
+    assert counts == dict(read=6, wrong=1, too_long=1, problems_without=1)
+    assert [row["anchor"] for row in rows] == [True, False, False, True, True, True] and rows[1]["solution"] is None
+
+    def batch(n=3, **kw):
+        torch.manual_seed(5)
+        return rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=6, oversample=1.0, max_rounds=1, n=n,
+                                    temperature=1.0, max_response_tokens=48, end=end, **kw)
+
+    for mode, hard_only in (("replace", False), ("add", False), ("replace", True), ("add", True)):
+        groups, sampled, position = batch(keep_all=False, anchors=mode, hard_only=hard_only)
+        assert position == len(sampled) == 6
+        for g in sampled:
+            row = next(r for r in rows if r["problem"] == g["problem"])
+            joins = row["anchor"] and not (hard_only and g["rewards"][~g["anchor"]].any())
+            assert g["anchor"].tolist() == [False] * (3 if mode == "add" or not joins else 2) + [True] * joins
+            assert len(g["responses"]) == len(g["rewards"]) == len(g["anchor"]) == len(g["texts"]) == len(g["logprobs"])
+            if joins:
+                assert g["texts"][-1] == row["solution"] == tok.decode(g["responses"][-1], skip_special_tokens=True)
+                assert g["rewards"][-1] == 1 and not g["truncated"][-1]
+            kept = any(g is k for k in groups)
+            assert kept == (0 < g["rewards"].mean() < 1)
+        # without examples the model finds none: only the demonstration makes a group worth training on
+        assert [g["problem"] for g in groups if not g["anchor"].any()] == [] and len(groups) >= 3
+    assert not any(g["anchor"].any() for g in batch(keep_all=True)[0])
+    with pytest.raises(KeyError):  # not verified
+        rollout.sample_batch(engine, tok, rollout.load_problems("sums", "train"), prompts, 0, 0, prompts_per_step=1, oversample=1.0,
+                             max_rounds=1, keep_all=True, n=2, anchors="add", end=end, temperature=1.0, max_response_tokens=4)

@@ -111,13 +111,15 @@ def test_resume_gives_the_same_metrics(whole, run):
 
 
 def test_two_ranks(run, tmp_path):
-    """One engine a rank; DDP's checkpoint is resumed by FSDP2, which writes one too."""
+    """One engine a rank; DDP's checkpoint is resumed by FSDP2, as another variant with anchors, which writes one too."""
     args = ("train.py", *SMALL, f"--out_dir={tmp_path}", "--eval_every=0", "--variant=nthr")
     run(*args, "--max_steps=1", "--kl_coef=0.01", "--parallel=ddp", ranks=2)
-    run(*args, "--max_steps=2", "--parallel=fsdp", "--resume", ranks=2)
+    run(*args, "--max_steps=2", "--parallel=fsdp", "--resume", "--variant=dagrpo", "--dataset=sums", "--anchors=1", "--judge=self",
+        "--judge_tokens=4", "--judge_retries=0", "--max_response_tokens=48", ranks=2)
     steps = [r for r in rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert [r["step"] for r in steps] == [1, 2] and all(r["gap/max"] < 1e-2 for r in steps)
-    assert any(r["train/grad_norm"] > 0 for r in steps)
+    assert steps[1]["train/grad_norm"] > 0 and steps[1]["anchor/groups"] == steps[1]["rollout/groups_kept"] > 0
+    assert steps[1]["judge/asked"] > 0 and steps[1]["judge/failed"] > 0  # four tokens are no score
     # nothing of the wrapping is in the names
     from safetensors import safe_open
     for step in (1, 2):
@@ -185,6 +187,22 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--dataset=math", "--data_dir=nowhere"], "data_dir: nowhere"),
         (["--dataset=math", "--data_dir=config"], "math_lvl3to5_12k_split.jsonl"),
         (["--max_response_tokens=100000"], "context"),
+        (["--variant=dagrpo"], "no 'solution'"),
+        (["--anchors=1"], "no 'solution'"),
+        (["--anchors=2"], "anchors: 2"),
+        (["--anchor_mode=instead"], "replace, add"),
+        (["--anchor_loss=sft"], "luffy, logp"),
+        (["--delta=0"], "delta: 0.0 is not in (0, 9]"),
+        (["--delta=9.5"], "delta: 9.5"),
+        (["--judge=gpt-4o"], "rubric, self and an address"),
+        (["--judge_retries=-1"], "judge_retries"),
+        (["--variant=dagrpo", "--dataset=sums", "--judge=http://127.0.0.1:9/v1"], "judge: http://127.0.0.1:9/v1 does not answer"),
+        (["--variant=dagrpo", "--demos=nowhere.jsonl"], "demos: nowhere.jsonl is not a file"),
+        (["--anchors=1", f"--demos={write(tmp_path / 'demos.jsonl', json.dumps({'problem': 'x', 'solution': 'y'}))}"],
+         "demos.jsonl: none of its 1 demonstrations is of a problem"),
+        (["--anchors=1", f"--demos={write(tmp_path / 'no.jsonl', good)}"], "no.jsonl, line 1: 'solution' is missing"),
+        (["--anchors=1", f"--demos={write(tmp_path / 'wrong.jsonl', json.dumps({'problem': '10 + 10', 'solution': 'y'}))}"],
+         "demos: all 1 demonstrations are wrong"),
         (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
     ]
