@@ -85,13 +85,13 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     weights: token_weights. anchor (N,) bool: tokens of demonstrations, which the policy did not sample; theirs is
     anchor_loss, without KL. Returns (loss (), clipped (N,), kl (N,)); both 0 for anchors, kl also without ref_logp.
     """
-    if anchor is not None:  # a ratio of 1: nothing to clip, nothing to overflow
+    if anchor is not None:  # ratios of 1: nothing to clip, no KL, nothing to overflow
         old_logp = torch.where(anchor, logp.detach(), old_logp)
+        ref_logp = None if ref_logp is None else torch.where(anchor, logp.detach(), ref_logp)
     loss, clipped = clipped_loss(logp, old_logp, advantages, clip_low, clip_high)
     kl = torch.zeros_like(logp) if ref_logp is None else kl_k3(logp, ref_logp)
     if anchor is not None:
         loss = torch.where(anchor, anchor_loss(logp, advantages, anchor_form), loss)
-        kl = kl.where(~anchor, 0)
     return (weights * (loss + kl_coef * kl)).sum(), clipped, kl
 
 

@@ -265,15 +265,17 @@ def load_demos(problems, dataset, path=None):
     demos = [of_problem.get(_text(row), []) for row in problems]
     if not any(demos):
         die(f"demos: {path}: none of its {len(rows)} demonstrations is of a problem in dataset {dataset}")
+    if unknown := len(of_problem.keys() - set(map(_text, problems))):
+        print0(f"demos: {path}: {unknown} of its {len(of_problem)} problems are not in dataset {dataset}")
     return demos
 
 
 def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
-    """Grade the demonstrations and give each problem its first right one. All ranks call together, each grades a share.
+    """Grade the demonstrations and give each problem one: the first right one short enough to be trained on, end token
+    (`end_token`) included, else the first right one. All ranks call together, each grades a share.
 
-    Sets row["solution"] (str; None without a right one) and row["anchor"]: True if it is short enough to be trained on,
-    end token (`end_token`) included; it is dropped otherwise, never cut. Returns counts, a dict of ints: read, wrong,
-    too_long, problems_without (a right one).
+    Sets row["solution"] (str; None without a right one) and row["anchor"], whether it is short enough; it is never cut.
+    Returns counts, a dict of ints: demonstrations read and wrong, problems_without a right one or with none but too_long ones.
     """
     import torch.distributed as dist
 
@@ -282,17 +284,17 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
     verdicts = iter(grade_all([(text, problems[i]) for i in mine for text in demos[i]], progress=is_rank0()))
     share = []
     for i in mine:
-        right = [text for text, verdict in [(t, next(verdicts)) for t in demos[i]] if verdict]
-        fits = bool(right) and len(encode_anchor(tokenizer, prompts[i], right[0], end)) <= max_response_tokens
-        share.append((i, len(right), right[0] if right else None, fits))
+        right = [k for k, verdict in [(k, next(verdicts)) for k in range(len(demos[i]))] if verdict]
+        short = [k for k in right if len(encode_anchor(tokenizer, prompts[i], demos[i][k], end)) <= max_response_tokens]
+        share.append((i, len(right), (short + right + [None])[0], bool(short)))
     shares = [None] * world
     dist.all_gather_object(shares, share)
     counts = dict(read=sum(map(len, demos)), wrong=sum(map(len, demos)), too_long=0, problems_without=0)
-    for i, n, text, fits in (row for share in shares for row in share):
-        problems[i] = dict(problems[i], solution=text, anchor=fits)
+    for i, n, k, fits in (row for share in shares for row in share):
+        problems[i] = dict(problems[i], solution=None if k is None else demos[i][k], anchor=fits)
         counts["wrong"] -= n
-        counts["too_long"] += text is not None and not fits
-        counts["problems_without"] += text is None
+        counts["too_long"] += k is not None and not fits
+        counts["problems_without"] += k is None
     return counts
 
 

@@ -59,8 +59,8 @@ demos = None                  # JSON Lines file with `problem` and `solution`; N
 judge = "rubric"              # scores for variant dagrpo: "rubric", "self" (the engine) or a server, "http://host:port/v1" (judge.py)
 judge_model = None            # of a server; None: the first it lists
 judge_tokens = 512            # a reply has at most
-judge_retries = 2             # times a reply without a score is asked for again, and a server that fails tried again
-judge_timeout = 60.0          # seconds a server may take for a reply
+judge_retries = 2             # times that a reply without a score, or none, is asked for again
+judge_timeout = 60.0          # seconds a server may take for a reply, its errors and our trying again included
 judge_concurrency = 32        # requests to a server at once, per rank
 delta = 3.0                   # points (of 1 to 10) that tell a response from the hardest one of the other sign; else masked
 anchors = 0                   # demonstrations in a group, 0 or 1
@@ -124,6 +124,9 @@ for key in ("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef"
             "weight_decay", "samples_per_step", "seed", "judge_retries"):
     if config[key] < 0:
         die(f"{key}: {config[key]} is negative")
+for key in ("demos", "judge", "judge_model"):
+    if not isinstance(config[key], (str, type(None))):
+        die(f"{key}: {config[key]!r} is not a text")
 served = str(judge).startswith(("http://", "https://"))
 if not served and judge not in ("rubric", "self"):
     die(f"judge: {judge!r} is none of rubric, self and an address, http://host:port/v1")
@@ -144,8 +147,8 @@ if not train_problems:
     die(f"dataset: all problems of {dataset} are in an evaluation set")
 judged = variant == "dagrpo"
 demonstrations = load_demos(train_problems, dataset, demos) if judged or anchors else None
-if judged and served:
-    client, judge_model = open_server(judge, judge_model, judge_timeout, judge_retries)
+if judged and served and is_rank0():
+    judge_model = open_server(judge, judge_model, judge_timeout)
 tokenizer, hf_config = load_tokenizer(model)
 prompts = encode_prompts(tokenizer, train_problems, dataset, system_prompt, few_shot)
 test_prompts = encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)  # asked as in training
@@ -154,7 +157,7 @@ context = max(check_lengths(p, max_response_tokens, hf_config.max_position_embed
 if judged and judge == "self":  # as long as its longest question, if the model's context is
     problem, solution = max(((row["problem"], d) for row, ds in zip(train_problems, demonstrations) for d in ds),
                             key=lambda pair: sum(map(len, pair)))
-    question = judge_prompt(dict(problem=problem, solution=solution, answer=""), "")
+    question, _ = judge_prompt(dict(problem=problem, solution=solution, answer=""), "")
     context = max(context, min(hf_config.max_position_embeddings,
                                len(tokenizer(question)["input_ids"]) + 64 + max_response_tokens + judge_tokens))
 
@@ -189,11 +192,12 @@ counts = [None] * world_size
 dist.all_gather_object(counts, len(train_problems))
 if len(set(counts)) > 1:  # one could not read an evaluation set from the hub
     die(f"dataset: the ranks have different numbers of training problems: {counts}")
-end = end_token(tokenizer, model)
+end = None
 if demonstrations is not None:
+    end = end_token(tokenizer, model)
     found = verify_demos(tokenizer, train_problems, prompts, demonstrations, max_response_tokens, end)
     print0(f"{found['read']} demonstrations, {found['wrong']} of them wrong and dropped; {found['problems_without']} of "
-           f"{len(train_problems)} problems have none; {found['too_long']} are too long to be anchors")
+           f"{len(train_problems)} problems have none, {found['too_long']} only ones too long to be anchors")
     if found["problems_without"] == len(train_problems):
         die(f"demos: all {found['read']} demonstrations are wrong: their last \\boxed{{}} is not the answer")
     if anchors and not any(row["anchor"] for row in train_problems):
@@ -211,8 +215,11 @@ net.train()
 ref = load_policy(model, compute, device).requires_grad_(False) if kl_coef else None
 if judged:
     scores_known = read_cache(out_dir)  # of this run before it was resumed
-    ask = partial(ask_server, client=client, model=judge_model, max_tokens=judge_tokens, concurrency=judge_concurrency) \
-        if served else partial(ask_engine, engine=engine, tokenizer=tokenizer, max_tokens=judge_tokens)
+    names = [judge_model]
+    dist.broadcast_object_list(names)  # rank 0 has asked the server
+    ask = partial(ask_server, url=judge, model=names[0], max_tokens=judge_tokens, concurrency=judge_concurrency,
+                  timeout=judge_timeout) if served else partial(
+        ask_engine, engine=engine, tokenizer=tokenizer, max_tokens=judge_tokens)
 optimizer = make_optimizer(policy, "adamw", learning_rate, adam_betas, weight_decay)
 if start:
     load_optimizer(start, optimizer)
@@ -322,7 +329,7 @@ while True:
         temperature=temperature, max_response_tokens=max_response_tokens)
     lap("rollout")
     if judged:  # while the engine is awake and has nothing else to do
-        name = judge_model if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
+        name = names[0] if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
         judge_counts = judge_all_ranks(groups, judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
                                        judge_retries)
         lap("judge")
@@ -469,15 +476,14 @@ while True:
         shares = [None] * world_size
         dist.all_gather_object(shares, [np.array([x.tolist() for x in parts]) for u in updates for parts in zip(*(
             u[key].split([len(g["responses"]) for g in u["groups"]]) for key in ("advantages", "margins", "lam")))])
-        of_groups = [x for share in shares for x in share]                                         # (3, n) each
-        a, margin, kept = np.concatenate(of_groups, axis=1)
-        margin = margin[np.isfinite(margin)]
-        row |= {f"judge/{key}": judge_counts[key] for key in ("asked", "cached")}
-        row |= {"judge/failed": judge_counts["groups_failed"],
-                "dagrpo/lambda_pos": kept[a > 0].sum() / max((a > 0).sum(), 1),
-                "dagrpo/lambda_neg": kept[a < 0].sum() / max((a < 0).sum(), 1),
-                "dagrpo/fully_masked": float(np.mean([not k[a != 0].any() for a, _, k in of_groups]))}
-        row |= {f"dagrpo/margin_p{q}": float(np.percentile(margin, q)) for q in (10, 50, 90) if len(margin)}
+        row |= {f"judge/{key}": judge_counts[key] for key in ("asked", "cached", "without_demo")}  # responses, responses, groups
+        row["judge/failed"] = judge_counts["groups_failed"]                                        # groups
+        of_groups = [x for share in shares for x in share if np.isfinite(x[1]).any()]              # (3, n) each, judged ones
+        if of_groups:
+            a, margin, kept = np.concatenate(of_groups, axis=1)
+            row |= {f"dagrpo/margin_p{q}": float(np.percentile(margin[a != 0], q)) for q in (10, 50, 90)}
+            row |= {"dagrpo/lambda_pos": kept[a > 0].mean(), "dagrpo/lambda_neg": kept[a < 0].mean(),
+                    "dagrpo/fully_masked": float(np.mean([not k.any() for _, _, k in of_groups]))}
     if anchors and groups:
         row |= {"anchor/groups": sum(bool(g["anchor"].any()) for g in groups), "anchor/tokens": anchor_tokens,
                 "anchor/hard": float(np.mean([not g["rewards"][~g["anchor"]].any() for g in groups])),
@@ -499,9 +505,11 @@ while True:
                        anchor=bool(g["anchor"][i]), **judgement)
                   for (g, i), a, judgement in itertools.islice(flat, samples_per_step)])
         extra = ""
+        if "judge/failed" in row:
+            extra += f" judge failed {row['judge/failed']},"
         if "dagrpo/lambda_pos" in row:
             extra += (f" lambda +{row['dagrpo/lambda_pos']:.2f} -{row['dagrpo/lambda_neg']:.2f}, groups masked "
-                      f"{row['dagrpo/fully_masked']:.2f}, not judged {row['judge/failed']},")
+                      f"{row['dagrpo/fully_masked']:.2f},")
         if "anchor/logp" in row:
             extra += f" anchors {row['anchor/groups']} (hard {row['anchor/hard']:.2f}) logp {row['anchor/logp']:.2f},"
         phases = " ".join(f"{k[5:]} {v:.1f}" for k, v in seconds.items())

@@ -30,7 +30,7 @@ import json
 # example turns after the question, in which scores have been given: a chat template may do what it likes
 TURN = "<|im_start|>user\nGrade it.<|im_end|>\n<|im_start|>assistant\n"
 TURNS = ("{% for m in messages %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
-         + "".join(f"{TURN}Score: {n}<|im_end|>\n" for n in (8, 3, 6, 2)) + TURN)
+         + "".join(TURN + "Score {{ messages[0].content[-9:-3] }}: " + f"{n}<|im_end|>\n" for n in (8, 3, 6, 2)) + TURN)
 
 groups = []
 for folder in run or ("out/dagrpo_quickstart",):
@@ -38,7 +38,7 @@ for folder in run or ("out/dagrpo_quickstart",):
         rows = [json.loads(line) for line in f]
     for _, group in itertools.groupby(rows, key=lambda r: (r["step"], r["problem"])):
         groups.append(list(group))
-groups = [g for g in groups if "score" in g[0]]
+groups = [g for g in groups if all(r.get("score") is not None for r in g) and any(r["advantage"] for r in g)]
 if not groups:
     die(f"run: {run or folder} has no scores in samples.jsonl")
 
@@ -64,7 +64,7 @@ for name, template in (("its own chat template", tokenizer.chat_template), ("exa
     agree = {"rubric": [0, 0, 0], "reward": [0, 0, 0]}  # pairs: same order, opposite, tied by self
     for g, mine in zip(asked, found):
         for what, other in (("rubric", g["rubric"]), ("reward", g["rewards"])):
-            for i, j in itertools.combinations(range(len(mine)), 2):
+            for i, j in itertools.combinations(range(len(mine) - 1), 2):  # of rollouts; the demonstration is the last
                 if np.isfinite([mine[i], mine[j]]).all() and other[i] != other[j]:
                     sign = np.sign(mine[i] - mine[j]) * np.sign(other[i] - other[j])
                     agree[what][{1: 0, -1: 1, 0: 2}[int(sign)]] += 1
