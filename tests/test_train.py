@@ -227,7 +227,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--ckpt=models/nowhere"], "models/nowhere"),
         (["--ckpt=config"], "step_*"),
         ([f"--ckpt={broken}"], "cannot read"),
-        ([f"--ckpt={model_dir}", "--data=nowhere"], "known sets (arithmetic, aime24"),
+        ([f"--ckpt={model_dir}", "--data=nowhere"], "known sets (arithmetic, sums, aime24"),
         ([f"--ckpt={model_dir}", f"--data={tmp_path / 'empty.jsonl'}"], "has no rows"),
         ([f"--ckpt={model_dir}", f"--data=arithmetic,{tmp_path / 'row.jsonl'}"], "row.jsonl, line 3: 'answer' is missing"),
         ([f"--ckpt={model_dir}", "--data=math"], "no test split"),
