@@ -206,7 +206,7 @@ def measure(index):
     picker = torch.Generator().manual_seed(hash((seed, index)) % 2**63)
     chosen = dict(nthr=selected, random=random_like(selected, response, picker))
     advantages = group_advantages(rewards, one, advantage_norm)
-    weights = token_weights(response, one, 1, loss_norm, len(response), len(lengths), max_response_tokens)
+    weights = token_weights(response, one, 1, loss_norm, len(response), max_response_tokens)
     delta = {}
     for variant in variants:
         per_token = token_advantages(variant, advantages, rewards, response, one, chosen.get(variant), nthr_eta)

@@ -332,8 +332,8 @@ while True:
         name = names[0] if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
         judge_counts = judge_all_ranks(groups, judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
                                        judge_retries)
-        lap("judge")
     sleep_engine(engine, sleep_level)
+    lap("judge" if judged else "rollout")
 
     # updates: mini-batches of groups, each dealt to the ranks; this rank's share is flat tokens in micro-batches
     updates = []
