@@ -167,7 +167,8 @@ def test_rows_of_the_hub_for_training_and_gpqa(monkeypatch):
     import datasets
     rows = [dict(problem="A", answer="1", solution="s", level=level) for level in ("Level 2", "Level 5")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    assert rollout.load_problems("math", "train") == [dict(problem="A", answer="1")]
+    assert rollout.load_problems("math", "train") == [dict(problem="A", answer="1", solution="s")]
+    assert rollout.load_problems("deepscaler", "train") == 2 * [dict(problem="A", answer="1", solution="s")]
     rows = [dict(prompt=[dict(role="system", content="S"), dict(role="user", content="P")],
                  target=[dict(role="assistant", content="T")], reward_model=dict(ground_truth="5", style="rule"))]
     assert rollout.load_problems("openr1-math-46k-8192", "train") == [dict(problem="P", answer="5", solution="T")]
