@@ -385,8 +385,9 @@ def test_a_real_server_judges_and_dies_in_the_middle_of_a_run(run, server, tmp_p
     run(*args, "--max_steps=2")
     steps_of = lambda: [r for r in rows(out / "metrics.jsonl") if "train/loss" in r]
     first = steps_of()
-    assert all(r["time/judge"] > 0 and r["judge/asked"] > 0 and r["judge/failed"] < 2 for r in first)
+    assert all(r["time/judge"] > 0 and r["judge/asked"] > 0 for r in first)
     paid = len(rows(out / "judge_0.jsonl"))
+    assert paid > 0
     shutil.rmtree(out / "step_000002")
     killer = threading.Thread(target=lambda: (wait_for(out / "metrics.jsonl", 2, after=out / "old_1"), stop(process)))
     killer.start()
@@ -396,7 +397,9 @@ def test_a_real_server_judges_and_dies_in_the_middle_of_a_run(run, server, tmp_p
     assert [r["step"] for r in steps] == [1, 2, 3] and len(rows(out / "judge_0.jsonl")) - paid <= steps[1]["judge/asked"]
     assert steps[1]["judge/cached"] >= 1 and steps[1]["judge/asked"] < first[1]["judge/asked"]
     assert steps[2]["judge/failed"] == steps[2]["rollout/groups_kept"] > 0 and "x APIConnectionError" in done.stdout
-    assert steps[2]["dagrpo/lambda_pos"] == steps[2]["dagrpo/lambda_neg"] == 1 and steps[2]["train/grad_norm"] > 0  # no masks
+    last = [r for r in rows(out / "samples.jsonl") if r["step"] == 3]
+    assert last and all(r["kept"] == 1 for r in last) and any(r["score"] is None for r in last)  # trained without masks
+    assert steps[2]["train/grad_norm"] > 0 and "dagrpo/lambda_pos" not in steps[2]  # whose rates are of judged groups
     refused = run(*args, check=False)
     assert refused.returncode == 2 and "does not answer" in refused.stderr and "Traceback" not in refused.stderr
 
