@@ -153,9 +153,9 @@ def splits(name):
 def load_problems(name, split, key="dataset", data_dir=None):
     """Rows {"problem": str, "answer": str} of a set: a name of MADE or SETS, or a JSON Lines file.
 
-    Rows may have "solution" (a worked demonstration), "n_choices" (multiple choice, the answer a letter) and more. A name is looked for in the folder
-    data_dir, then on the Hugging Face hub. split: "train" or "test", for names. key: the setting that named it, for the
-    error. A missing or empty set or a malformed row ends the program.
+    Rows may have "solution" (a worked demonstration), "n_choices" (multiple choice, the answer a letter) and more. A name of
+    SETS is looked for in the folder data_dir, then on the Hugging Face hub. split: "train" or "test", for names. key: the
+    setting that named it, for the error. A missing or empty set or a malformed row ends the program.
     """
     if name in MADE:
         return MADE[name](split)

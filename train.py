@@ -56,7 +56,7 @@ clip_high = 0.2               # 0.28: clip-higher (DAPO)
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded (the NTHR paper: 1e-4)
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
 demos = None                  # JSON Lines file with `problem` and `solution`; None: the data set's own solutions
-judge = "rubric"              # scores for variant dagrpo: "rubric", "self" (the engine) or a server, "http://host:port/v1" (judge.py)
+judge = "rubric"              # of variant dagrpo: "rubric", "self" (the engine) or a server, "http://host:port/v1": judge.py
 judge_model = None            # of a server; None: the first it lists
 judge_tokens = 512            # a reply has at most
 judge_retries = 2             # times that a reply without a score, or none, is asked for again

@@ -4,8 +4,10 @@
     python tests/judges.py --run out/dagrpo_quickstart
 """
 import itertools
+import json
 import os
 import sys
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import configure, die
@@ -20,12 +22,10 @@ configure(globals())
 import rollout  # before torch
 import numpy as np
 import torch
-from functools import partial
 
 from advantages import dagrpo_masks
 from judge import ask_engine, judge_groups
 from model_utils import setup_distributed
-import json
 
 # example turns after the question, in which scores have been given: a chat template may do what it likes
 TURN = "<|im_start|>user\nGrade it.<|im_end|>\n<|im_start|>assistant\n"
