@@ -403,9 +403,9 @@ while True:
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
     sums = torch.zeros(7, dtype=torch.float64, device=device)  # over this rank's tokens; read below, in order
-    counts = torch.tensor([sum(int((~u["is_anchor"][u["response"]]).sum()) for u in updates),  # sampled and anchor tokens
-                           sum(int(u["is_anchor"][u["response"]].sum()) for u in updates),
-                           sum(b.input_ids.numel() for u in updates for b in u["batches"])])   # packed tokens
+    trained = [(a, len(r)) for u in updates for g in u["groups"] for r, a in zip(g["responses"], g["anchor"])]
+    counts = torch.tensor([sum(k for a, k in trained if not a), sum(k for a, k in trained if a),  # sampled and anchor tokens
+                           sum(b.input_ids.numel() for u in updates for b in u["batches"])])      # packed tokens
     gap_max = torch.zeros((), device=device)
     displaced = torch.zeros(3, dtype=torch.float64, device=device)  # correct responses; log-likelihood change; how many fell
     grad_norms = []

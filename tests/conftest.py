@@ -13,6 +13,13 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB an engine, of which two ranks 
 import rollout  # noqa: E402, F401  sets torch's threads, so before any test imports torch
 
 
+# A chat template for judges (judge.PROMPT ends with "Score <mark>: N"): the question, then turns in which scores have been
+# given already. A model as small as ours needs them to write a line of that form
+TURN = "<|im_start|>user\nGrade it.<|im_end|>\n<|im_start|>assistant\n"
+SCORED_TURNS = ("{% for m in messages %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                + "".join(TURN + "Score {{ messages[0].content[-9:-3] }}: " + f"{n}<|im_end|>\n" for n in (8, 3, 6, 2)) + TURN)
+
+
 @pytest.fixture(scope="session")
 def model_dir():
     """The real pretrained model that the Makefile converts; there is no stand-in for it."""

