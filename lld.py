@@ -34,7 +34,7 @@ group_size = 8                # responses a question (G)
 temperature = 1.0             # of sampling, and of all log-probabilities
 max_response_tokens = 512     # tokens; a response cut off here is incorrect
 oversample = 3.0              # questions asked in a round / questions still missing
-max_rounds = 8                # rounds at most; then the questions there are
+max_rounds = 8                # questions asked at most / questions; then those there are
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
 gpu_memory_utilization = 0.4  # share of each GPU that vLLM takes (CUDA)
 max_num_seqs = 256            # sequences a vLLM engine runs at once
@@ -143,9 +143,10 @@ if groups is None:
     engine = build_engine(model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype, gpu_memory_utilization,
                           max_num_seqs)
     torch.manual_seed(hash((seed, rank)) % 2**63)  # of vLLM's sampling
-    kept, sampled, _ = sample_batch(engine, tokenizer, problems, prompts, 0, seed, prompts_per_step=questions,
-                                    oversample=oversample, max_rounds=max_rounds, keep_all=False, n=group_size,
-                                    temperature=temperature, max_response_tokens=max_response_tokens)
+    kept, sampled, *_ = sample_batch(engine, tokenizer, problems, prompts, 0, seed, prompts_per_step=questions,
+                                     oversample=oversample, max_prompts=min(max_rounds * questions, len(problems)),
+                                     keep_all=False, n=group_size, streaming=False,
+                                     temperature=temperature, max_response_tokens=max_response_tokens)
     sleep_engine(engine, 2)
     print0(f"{len(kept)} of {len(sampled)} questions have both outcomes; {np.mean([g['rewards'].mean() for g in sampled]):.1%} "
            f"of their responses are correct")

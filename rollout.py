@@ -434,6 +434,9 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     )
 
 
+RAW = dict(logprobs=0, flat_logprobs=True, detokenize=False)  # the sampled token's log-probability and id, no text
+
+
 def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens, top_p=1.0, progress=False,
              seeds=None):
     """n graded responses (or n[i]) to every prompt: one group, a dict, per problem.
@@ -453,17 +456,21 @@ def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_
     from vllm import SamplingParams
 
     counts = n if isinstance(n, list) else [n] * len(prompts)
-    params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, seed=s,
-                             logprobs=0, flat_logprobs=True, detokenize=False)
+    params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, seed=s, **RAW)
               for n, s in zip(counts, seeds or [None] * len(prompts))]
     engine.reset_prefix_cache()  # never another policy's keys and values; the same numbers whatever ran before
     requests = [{"prompt_token_ids": p.tolist()} for p in prompts]
     results = engine.generate(requests, params, use_tqdm=partial(tqdm, leave=False) if progress and is_rank0() else False)
-    outputs = [sorted(result.outputs, key=lambda o: o.index) for result in results]
+    return make_groups(tokenizer, problems, prompts, [sorted(r.outputs, key=lambda o: o.index) for r in results],
+                       progress and is_rank0())
+
+
+def make_groups(tokenizer, problems, prompts, outputs, progress=False):
+    """Graded groups (see `generate`) of vLLM's finished outputs, a list of CompletionOutput per problem."""
     texts = [tokenizer.batch_decode([list(o.token_ids) for o in outs], skip_special_tokens=True) for outs in outputs]
     truncated = [np.array([o.finish_reason != "stop" for o in outs]) for outs in outputs]
     verdicts = iter(grade_all([("" if cut else text, problem) for problem, ts, cuts in zip(problems, texts, truncated)
-                               for text, cut in zip(ts, cuts)], progress and is_rank0()))
+                               for text, cut in zip(ts, cuts)], progress))
     return [dict(
         problem=problem["problem"], answer=problem["answer"], solution=problem.get("solution"), prompt=prompt,
         responses=[np.asarray(o.token_ids, dtype=np.int32) for o in outs],
@@ -486,38 +493,101 @@ def generate_all_ranks(engine, tokenizer, problems, prompts, n, tensor_parallel=
     return [shares[i % engines * tensor_parallel][i // engines] for i in range(len(problems))]
 
 
-def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompts_per_step, oversample, max_rounds,
-                 keep_all, n, anchors="none", hard_only=False, end=None, **kwargs):
-    """Dynamic sampling (DAPO): rounds of groups until `prompts_per_step` of them have both outcomes.
+LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
 
-    n: responses a prompt. anchors: "replace" or "add": a demonstration joins every group whose problem has one
-    (row["anchor"], see verify_demos), in place of a rollout or as one more response, before the group is accepted or
-    not; hard_only: only groups without a correct rollout. end: end_token.
 
-    The data order is a fresh shuffle an epoch; `position` (prompts, all ranks) counts along it. A round asks for
-    `oversample` times the missing prompts; groups are accepted in the order they were issued, and the position stops
-    behind the last one looked at, so prompts sampled in vain are met again. After `max_rounds` rounds: what there is.
-    Returns (accepted groups, all groups looked at or not, new position).
+def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompts_per_step, oversample, max_prompts,
+                 keep_all, n, temperature, max_response_tokens, streaming=True, tensor_parallel=1, seeded=False,
+                 anchors="none", hard_only=False, end=None):
+    """Dynamic sampling (DAPO): groups of n responses until `prompts_per_step` of them have both outcomes.
+
+    Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all ranks) counts. In work at
+    once are `oversample` times the missing ones (inf: as many as fill the engines): streaming, new ones are issued as others
+    finish; else when all have. Accepted are the first in the order of issue, whichever finished first, so that short
+    responses are not favoured: once enough are accepted and nothing before them is open, the rest is aborted. The position
+    stops behind the last one accepted; prompts beyond it, sampled in vain, are met again. After `max_prompts` prompts: what
+    there is. keep_all: every group is accepted.
+
+    anchors: "replace" or "add": a demonstration joins every group whose problem has one (row["anchor"], see verify_demos),
+    in place of a rollout or as one more response, before the group is accepted or not; hard_only: only groups without a
+    correct rollout. end: end_token. seeded: every response has its own seed, so that it depends on nothing sampled beside it
+    (slower on a GPU). All ranks call together and get the same: (accepted groups, the groups looked at, new position,
+    tokens sampled in vain, all ranks).
     """
-    accepted, sampled = [], []
-    for _ in range(max_rounds):
-        missing = prompts_per_step - len(accepted)
-        size = missing if keep_all else math.ceil(missing * oversample)
-        order = [data_index(position + i, len(problems), seed) for i in range(size)]
-        joined = [anchors != "none" and problems[i]["anchor"] for i in order]
-        fewer = anchors == "replace" and not hard_only  # then the rollout that is replaced need not be sampled
-        groups = generate_all_ranks(engine, tokenizer, [problems[i] for i in order], [prompts[i] for i in order],
-                                    n=[n - (fewer and joins) for joins in joined], **kwargs)
-        groups = [with_anchor(g, encode_anchor(tokenizer, g["prompt"], g["solution"], end), anchors == "replace" and hard_only)
-                  if joins and not (hard_only and g["rewards"].any()) else g for g, joins in zip(groups, joined)]
-        sampled += groups
-        for group in groups:
-            position += 1
-            if keep_all or 0 < group["rewards"].mean() < 1:
-                accepted.append(group)
-            if len(accepted) == prompts_per_step:
-                return accepted, sampled, position
-    return accepted, sampled, position
+    import torch
+    import torch.distributed as dist
+    from concurrent.futures import ThreadPoolExecutor
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    core = engine.llm_engine
+    engines, mine = dist.get_world_size() // tensor_parallel, dist.get_rank() // tensor_parallel
+    room = engines * (core.vllm_config.scheduler_config.max_num_seqs // n + 1)  # prompts that fill them; one waits at each
+    order = [data_index(position + i, len(problems), seed) for i in range(max_prompts)]
+    joins = [anchors != "none" and problems[p]["anchor"] for p in order]
+    fewer = anchors == "replace" and not hard_only  # then the rollout that is replaced need not be sampled
+    owner = []                                            # engine of every prompt issued, in order
+    state = torch.zeros(max_prompts, dtype=torch.int8)    # of every prompt, on all ranks: 0 open, 1 dropped, 2 accepted
+    outputs, groups, grading = {}, {}, None               # of this engine's prompts: {response: output}; graded groups
+
+    def issue(i):
+        outputs[i] = {}
+        for k in range(n - (fewer and joins[i])):
+            core.add_request(f"{i}/{k}", {"type": "token", "prompt_token_ids": prompts[order[i]].tolist()}, SamplingParams(
+                temperature=temperature, max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY,
+                seed=hash((seed, position + i, k)) % 2**31 if seeded else None, **RAW))
+
+    def grade(finished):
+        made = make_groups(tokenizer, [problems[order[i]] for i in finished], [prompts[order[i]] for i in finished],
+                           [[outputs[i][k] for k in sorted(outputs[i])] for i in finished])
+        return {i: with_anchor(g, encode_anchor(tokenizer, g["prompt"], g["solution"], end), anchors == "replace" and hard_only)
+                if joins[i] and not (hard_only and g["rewards"].any()) else g for i, g in zip(finished, made)}
+
+    def look():
+        """Take in what the grader has been given; only here, so that every run sees it at the same point."""
+        for i, g in grading.result().items() if grading else ():
+            groups[i] = g
+            state[i] = 2 if keep_all or 0 < g["rewards"].mean() < 1 else 1
+
+    engine.reset_prefix_cache()  # never another policy's keys and values
+    with ThreadPoolExecutor(1) as grader:  # while the engine goes on; what it finds is known at the next look
+        while True:
+            opened = np.flatnonzero(state[:len(owner)].numpy() == 0)
+            closed = opened[0] if len(opened) else len(owner)  # prompts before which nothing is open
+            missing = prompts_per_step - int((state == 2).sum())
+            if int((state[:closed] == 2).sum()) >= prompts_per_step or not len(opened) and len(owner) == max_prompts:
+                break
+            if missing > 0 and (streaming or not len(opened)):
+                work = oversample * missing if not streaming else min(oversample * missing, room)
+                load = np.bincount([owner[i] for i in opened], minlength=engines)
+                for i in range(len(owner), min(max_prompts, len(owner) + math.ceil(work) - len(opened))):
+                    owner.append(int(load.argmin()))
+                    load[owner[i]] += 1
+                    if owner[i] == mine:
+                        issue(i)
+            finished = []
+            for _ in range(LOOK_EVERY):
+                for out in core.step() if core.has_unfinished_requests() else ():
+                    i, k = map(int, out.request_id.split("/"))
+                    outputs[i][k] = out.outputs[0]
+                    if len(outputs[i]) == n - (fewer and joins[i]):
+                        finished.append(i)
+            look()
+            grading = grader.submit(grade, finished)
+            if not core.has_unfinished_requests():
+                look()  # nothing to do beside it
+            dist.all_reduce(state, dist.ReduceOp.MAX)
+
+    accepted = np.flatnonzero(state[:closed].numpy() == 2)[:prompts_per_step]
+    looked_at = accepted[-1] + 1 if len(accepted) == prompts_per_step else closed
+    vain = sum(len(out.token_ids) for i, outs in outputs.items() if i >= looked_at for out in outs.values())
+    vain += sum(request.detokenizer.num_output_tokens() for request in core.output_processor.request_states.values())
+    core.abort_request([f"{i}/{k}" for i, outs in outputs.items() if i >= looked_at for k in range(n) if k not in outs])
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (vain, {i: g for i, g in groups.items() if i < looked_at}))
+    shares = shares[::tensor_parallel]  # ranks of one engine have the same
+    sampled = [shares[owner[i]][1][i] for i in range(looked_at)]
+    return [sampled[i] for i in accepted], sampled, position + int(looked_at), sum(vain for vain, _ in shares)
 
 
 _order = (None, None)  # (key, permutation) of the epoch in use

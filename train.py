@@ -35,8 +35,9 @@ temperature = 1.0             # of sampling, and of the log-probabilities traine
 max_response_tokens = 512     # tokens; a response cut off here is incorrect
 prompts_per_step = 32         # prompts (groups) trained on in a step, all ranks together
 dynamic_sampling = True       # drop groups that are all correct or all incorrect and sample more
-oversample = 1.0              # prompts sampled in a round / prompts still missing
-max_rounds = 8                # rounds of sampling a step at most; then train on what there is
+oversample = 1.0              # prompts in work at once / prompts still missing; inf: as many as fill the engines
+streaming = True              # new prompts are issued as others finish; False: in rounds, when all have
+max_rounds = 8                # prompts sampled a step at most / prompts_per_step; then train on what there is
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
 gpu_memory_utilization = 0.5  # share of each GPU that vLLM takes (CUDA)
 max_num_seqs = 256            # sequences a vLLM engine runs at once
@@ -322,9 +323,10 @@ while True:
 
     # rollout: every rank samples its share and then holds all groups of the step
     torch.manual_seed(hash((seed, step, rank)) % 2**63)  # of vLLM's sampling: a resumed run draws the same
-    groups, sampled, position = sample_batch(
+    groups, sampled, position, in_vain = sample_batch(
         engine, tokenizer, train_problems, prompts, position, seed, prompts_per_step=prompts_per_step,
-        oversample=oversample, max_rounds=max_rounds, keep_all=not dynamic_sampling, n=group_size,
+        oversample=oversample, max_prompts=max_rounds * prompts_per_step, keep_all=not dynamic_sampling, n=group_size,
+        streaming=streaming, tensor_parallel=tensor_parallel,
         anchors=anchor_mode if anchors else "none", hard_only=anchor_hard_only, end=end,
         temperature=temperature, max_response_tokens=max_response_tokens)
     lap("rollout")

@@ -107,21 +107,47 @@ def test_weight_sync(world):
 
 
 def test_dynamic_sampling_accepts_in_order(world):
+    """Streaming, and in rounds, accept the groups that sampling everything first and taking the first mixed ones would; each
+    response has its own seed here, so that it is the same however it is scheduled."""
+    engine, tok, *_ = world
+    rows = [dict(problem=f"{a} + {b}", answer=str(a + b)) for a, b in ((12, 11), (7, 5), (31, 20), (10, 14), (21, 8), (40, 30), (5, 3))]
+    prompts = rollout.encode_prompts(tok, rows, "arithmetic")
+    args = dict(n=4, temperature=1.0, max_response_tokens=24, keep_all=False, seeded=True)
+    _, everything, position, vain = rollout.sample_batch(engine, tok, rows, prompts, 3, 0, prompts_per_step=24, oversample=1.0,
+                                                         max_prompts=24, streaming=False, **args)
+    assert position == 3 + 24 and vain == 0 and len(everything) == 24
+    assert [g["problem"] for g in everything] == [rows[rollout.data_index(3 + i, 7, 0)]["problem"] for i in range(24)]
+    mixed = [i for i, g in enumerate(everything) if 0 < g["rewards"].mean() < 1]
+    lengths = [sum(map(len, g["responses"])) for g in everything]
+    assert 5 < len(mixed) < 20 and len(set(lengths)) > 3
+    wasted = []
+    same = lambda g, h: g["problem"] == h["problem"] and all(map(np.array_equal, g["responses"], h["responses"]))
+    for want, oversample, streaming, seqs in ((1, 4.0, True, 256), (4, 1.0, True, 256), (4, 3.0, True, 8), (3, np.inf, True, 8),
+                                              (5, 1.5, False, 256)):
+        limits = engine.llm_engine.vllm_config.scheduler_config
+        kept, limits.max_num_seqs = limits.max_num_seqs, seqs
+        groups, sampled, position, vain = rollout.sample_batch(
+            engine, tok, rows, prompts, 3, 0, prompts_per_step=want, oversample=oversample, max_prompts=24,
+            streaming=streaming, **args)
+        limits.max_num_seqs = kept
+        cut = mixed[want - 1] + 1
+        assert position == 3 + cut and len(sampled) == cut and all(map(same, sampled, everything))
+        assert len(groups) == want and all(same(g, everything[i]) for g, i in zip(groups, mixed))
+        assert not engine.llm_engine.has_unfinished_requests()
+        assert 0 <= vain <= sum(lengths[cut:]) and (vain == 0 or oversample > 1)  # only what is in work beyond the missing ones
+        wasted.append(vain)
+    assert wasted[0] > 0
+
+
+def test_dynamic_sampling_has_a_limit(world):
     engine, tok, rows, prompts, _ = world
-    args = dict(n=4, temperature=1.0, max_response_tokens=24)
-
-    def batch(**kw):
-        torch.manual_seed(5)
-        return rollout.sample_batch(engine, tok, rows, prompts, 0, 0, **args, **kw)
-
-    groups, sampled, position = batch(prompts_per_step=2, oversample=1.5, max_rounds=3, keep_all=False)
-    mixed = [g for g in sampled[:position] if 0 < g["rewards"].mean() < 1]
-    assert [id(g) for g in groups] == [id(g) for g in mixed[:2]] and len(groups) <= 2
-    assert [g["problem"] for g in sampled[:3]] == [rows[rollout.data_index(i, 6, 0)]["problem"] for i in range(3)]
-    groups, sampled, position = batch(prompts_per_step=5, oversample=1.0, max_rounds=3, keep_all=True)
-    assert len(groups) == len(sampled) == position == 5
-    groups, sampled, position = batch(prompts_per_step=7, oversample=1.0, max_rounds=1, keep_all=False)
-    assert position == len(sampled) == 7 and len(groups) < 7  # the limit: what there is
+    args = dict(n=4, temperature=1.0, max_response_tokens=24, oversample=1.0)
+    groups, sampled, position, vain = rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=5, max_prompts=15,
+                                                           keep_all=True, **args)
+    assert len(groups) == len(sampled) == position == 5 and vain == 0
+    groups, sampled, position, vain = rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=7, max_prompts=7,
+                                                           keep_all=False, **args)
+    assert position == len(sampled) == 7 and len(groups) < 7 and vain == 0  # what there is
 
 
 def test_demonstrations_join_groups_before_they_are_accepted(world):
@@ -137,11 +163,11 @@ def test_demonstrations_join_groups_before_they_are_accepted(world):
 
     def batch(n=3, **kw):
         torch.manual_seed(5)
-        return rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=6, oversample=1.0, max_rounds=1, n=n,
+        return rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=6, oversample=1.0, max_prompts=6, n=n,
                                     temperature=1.0, max_response_tokens=48, end=end, **kw)
 
     for mode, hard_only in (("replace", False), ("add", False), ("replace", True), ("add", True)):
-        groups, sampled, position = batch(keep_all=False, anchors=mode, hard_only=hard_only)
+        groups, sampled, position, _ = batch(keep_all=False, anchors=mode, hard_only=hard_only)
         assert position == len(sampled) == 6
         for g in sampled:
             row = next(r for r in rows if r["problem"] == g["problem"])
@@ -158,4 +184,4 @@ def test_demonstrations_join_groups_before_they_are_accepted(world):
     assert not any(g["anchor"].any() for g in batch(keep_all=True)[0])
     with pytest.raises(KeyError):  # not verified
         rollout.sample_batch(engine, tok, rollout.load_problems("sums", "train"), prompts, 0, 0, prompts_per_step=1, oversample=1.0,
-                             max_rounds=1, keep_all=True, n=2, anchors="add", end=end, temperature=1.0, max_response_tokens=4)
+                             max_prompts=1, keep_all=True, n=2, anchors="add", end=end, temperature=1.0, max_response_tokens=4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 SMALL = ("config/quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1", "--group_size=4",
-         "--eval_problems=8", "--oversample=4", "--max_rounds=2", "--tokens_per_micro_batch=200", "--variant=grpo")
+         "--eval_problems=8", "--oversample=4", "--max_rounds=8", "--tokens_per_micro_batch=200", "--variant=grpo")
 
 
 def rows(path):
