@@ -8,9 +8,13 @@ order, B of them in M groups; `group` (B,) says which group each is in. Tokens a
     group    [0, 0, 1, 1]
     response [0, 0, 1, 2, 3, 3, 3]
 
+On a GPU nothing here waits for it: sizes come from shapes, or from the caller, who knows them on the host.
+
 [NTHR] is arXiv 2505.18830, [DaGRPO] arXiv 2512.06337, [LUFFY] arXiv 2504.14945, [DrGRPO] arXiv 2503.20783, [DAPO] arXiv
-2503.14476. In order: advantages; the loss; NTHR's scores and selection; DaGRPO's masks and anchors.
+2503.14476, [TIS] Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training". In order:
+advantages; the loss; NTHR's scores and selection; DaGRPO's masks and anchors.
 """
+import numpy as np
 import torch
 
 ETAS = {"2|0.5-p|": lambda p: 2 * (0.5 - p).abs(), "p": lambda p: p, "1-p": lambda p: 1 - p}  # [NTHR] sec. 5, ablation
@@ -25,15 +29,15 @@ def check_rewards(rewards):
         raise ValueError(f"rewards must be 0 or 1, got {rewards[(rewards != 0) & (rewards != 1)][0].item()}")
 
 
-def group_sum(values, group, groups):
-    """Sum of values (B,) within each group: (groups,)."""
-    return torch.zeros(groups, dtype=values.dtype, device=values.device).index_add(0, group, values)
+def sum_by(index, values, size):
+    """Sum of the values (N,) of each index: (size,). torch.bincount would ask the GPU how long it is."""
+    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
 
 
 def group_mean(values, group):
     """Mean of values (B,) within each response's group, given to each response: (B,)."""
-    groups = int(group[-1]) + 1 if len(group) else 0
-    return (group_sum(values, group, groups) / group_sum(torch.ones_like(values), group, groups))[group]
+    sums, sizes = (sum_by(group, x, len(group)) for x in (values, torch.ones_like(values)))  # there are B groups at most
+    return (sums / sizes)[group]
 
 
 def group_advantages(rewards, group, norm="std"):
@@ -62,7 +66,8 @@ def token_weights(response, group, groups_in_update, norm="group", tokens_in_upd
     of_token = group[response]                                                                    # (N,)
     if norm == "token":
         return torch.full(of_token.shape, 1.0 / tokens_in_update, device=of_token.device)
-    of_group = torch.bincount(of_token) if norm == "group" else torch.bincount(group) * max_tokens
+    of_group = sum_by(of_token, torch.ones_like(of_token), len(group)) if norm == "group" else (
+        sum_by(group, torch.ones_like(group), len(group)) * max_tokens)
     return 1.0 / (of_group[of_token] * groups_in_update).to(torch.float32)
 
 
@@ -79,20 +84,33 @@ def clipped_loss(logp, old_logp, advantages, clip_low, clip_high):
 
 
 def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, kl_coef=0.0, ref_logp=None,
-                anchor=None, anchor_form="luffy"):
+                anchor=None, anchor_form="luffy", importance=None):
     """The loss of tokens (N,), a weighted sum over them: clipped surrogate, and kl_coef times KL to the reference model.
 
-    weights: token_weights. anchor (N,) bool: tokens of demonstrations, which the policy did not sample; theirs is
-    anchor_loss, without KL. Returns (loss (), clipped (N,), kl (N,)); both 0 for anchors, kl also without ref_logp.
+    weights: token_weights. importance (N,): truncated_importance, times the surrogate alone. anchor (N,) bool: tokens of
+    demonstrations, which the policy did not sample; theirs is anchor_loss, without KL and importance. Returns (loss (), clipped (N,), kl (N,)); both 0 for anchors, kl also without ref_logp.
     """
     if anchor is not None:  # ratios of 1: nothing to clip, no KL, nothing to overflow
         old_logp = torch.where(anchor, logp.detach(), old_logp)
         ref_logp = None if ref_logp is None else torch.where(anchor, logp.detach(), ref_logp)
     loss, clipped = clipped_loss(logp, old_logp, advantages, clip_low, clip_high)
+    if importance is not None:
+        loss = importance * loss
     kl = torch.zeros_like(logp) if ref_logp is None else kl_k3(logp, ref_logp)
     if anchor is not None:
         loss = torch.where(anchor, anchor_loss(logp, advantages, anchor_form), loss)
     return (weights * (loss + kl_coef * kl)).sum(), clipped, kl
+
+
+@torch.no_grad()
+def truncated_importance(old_logp, rollout_logp, cap):
+    """(min(ratio, cap), ratio) with ratio = pi_old / pi_rollout, per token, no gradient ([TIS]). All (N,).
+
+    pi_rollout is what vLLM says the sampled token had, pi_old what the trainer says for the same weights: kernels and
+    precisions differ, and the product makes the surrogate's expectation the trainer's again, but for what the cap takes.
+    """
+    ratio = (old_logp - rollout_logp).exp()
+    return ratio.clamp(max=cap), ratio
 
 
 def anchor_loss(logp, advantages, form="luffy", gamma=0.1):
@@ -113,6 +131,18 @@ def kl_k3(logp, ref_logp):
 # ---------------------------------------------------------------------------------------------------------------------
 # NTHR: which tokens of incorrect responses pull the likelihood of correct ones down
 
+def group_tokens(responses, rewards, device):
+    """What `influence` would otherwise ask the GPU for, of one group: (source (K,) int64, index of the tokens of correct
+    responses; (rows (W,), column (N,)), the group's distinct tokens and which of them each token is).
+
+    responses: n int arrays, rewards (n,), both on the host.
+    """
+    correct = np.repeat(np.asarray(rewards) == 1, [len(r) for r in responses])
+    rows, column = np.unique(np.concatenate(responses), return_inverse=True)
+    source, rows, column = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (np.flatnonzero(correct), rows, column))
+    return source, (rows, column)
+
+
 @torch.no_grad()
 def influence(h, targets, lse, head, source, temperature=1.0, vocab="response", chunk=512):
     """s_t = u_t^T M h_t of every token t of ONE group, M = sum over source tokens k of u_k h_k^T ([NTHR] eq. 7).
@@ -121,17 +151,19 @@ def influence(h, targets, lse, head, source, temperature=1.0, vocab="response", 
     log-likelihood with respect to the LM head and s_t its inner product with token t's (times temperature^2).
 
     h (N, d): states that predict the tokens, before the head; targets (N,); lse (N,): logsumexp(logits / temperature)
-    over the whole vocabulary; head (V, d); source (N,) bool. vocab "response": rows of the tokens in the group only
-    (the paper's V*_x, no renormalisation); "full": all rows. lse is known, so u comes a block of the vocabulary at a
-    time, once, in at most chunk x V elements however long the group is. Returns s (N,), float32 (float64 of float64).
+    over the whole vocabulary; head (V, d); source (N,) bool, or an index. vocab "response": rows of the tokens in the group
+    only (the paper's V*_x, no renormalisation); "full": all rows. The index and (rows, column) for "response" are group_tokens,
+    without which the GPU is waited for. lse is known, so u comes a block of the vocabulary at a time, once, in at most
+    chunk x V elements however long the group is. Returns s (N,), float32 (float64 of float64).
     """
     dtype = torch.promote_types(h.dtype, torch.float32)
     h, shift = h.to(dtype), -lse[:, None].to(dtype)
     column = targets
-    if vocab == "response":
-        rows, column = targets.unique(return_inverse=True)
+    if vocab != "full":
+        rows, column = targets.unique(return_inverse=True) if vocab == "response" else vocab
         head = head[rows]
-    source = source.nonzero()[:, 0]
+    if source.dtype == torch.bool:
+        source = source.nonzero()[:, 0]
     h_source = h[source]                                                                          # (K, d)
     few = len(source) <= h.shape[1]  # then sum <u_t, u_k> <h_t, h_k> as it stands, else M: whichever multiplies less
     pairs = h.new_zeros(len(h), len(source) if few else 0)                                        # <u_t, u_k>, (N, K)
@@ -149,16 +181,16 @@ def influence(h, targets, lse, head, source, temperature=1.0, vocab="response", 
     return s + torch.linalg.vecdot(pairs, h @ h_source.T) if few else s
 
 
-def nthr_select(s, rewards, response, group, beta=1.0):
+def nthr_select(s, rewards, response, group, beta=1.0, groups=None):
     """Tokens of incorrect responses with s > tau = beta x min over correct i' of mean s ([NTHR] eq. 8, 9, Algorithm 1).
 
-    s (N,), rewards (B,). Returns (selected (N,) bool, tau (M,)). The minimum runs over the group's correct responses, the
+    s (N,), rewards (B,); groups: M, None to look it up. Returns (selected (N,) bool, tau (M,)). The minimum runs over the group's correct responses, the
     sum in s over all of them, i' itself included, as in the formulas. tau may be negative. beta=-inf selects every
     incorrect token; a group without a correct response selects none (tau = inf).
     """
-    groups = int(group[-1]) + 1 if len(group) else 0
-    lengths = torch.bincount(response, minlength=len(rewards))
-    mean_s = torch.zeros_like(rewards, dtype=s.dtype).index_add(0, response, s) / lengths          # (B,)
+    if groups is None:
+        groups = int(group[-1]) + 1 if len(group) else 0
+    mean_s = sum_by(response, s, len(rewards)) / sum_by(response, torch.ones_like(s), len(rewards))  # (B,)
     lowest = torch.full((groups,), torch.inf, dtype=s.dtype, device=s.device)
     lowest = lowest.scatter_reduce(0, group, mean_s.where(rewards == 1, torch.inf), "amin")       # (M,)
     tau = torch.full_like(lowest, -torch.inf) if beta == -torch.inf else beta * lowest
@@ -178,11 +210,9 @@ def random_like(selected, response, generator):
 
     selected (N,) bool, response (N,) ascending. Returns (N,) bool. generator: torch.Generator on the CPU.
     """
-    draw = torch.rand(len(response), generator=generator, dtype=torch.float64).to(response.device)
-    order = torch.argsort(response + draw)                       # shuffles the tokens within each response
-    wanted = torch.zeros(len(response) + 1, dtype=torch.int64, device=response.device)
-    wanted = wanted.index_add(0, response, selected.long())      # tokens wanted of each response
-    lengths = torch.bincount(response)
+    draw = torch.rand(len(response), generator=generator, dtype=torch.float64, pin_memory=response.is_cuda)
+    order = torch.argsort(response + draw.to(response.device, non_blocking=True))  # shuffles the tokens within each response
+    wanted, lengths = (sum_by(response, x, len(response)) for x in (selected.long(), torch.ones_like(response)))
     place = torch.arange(len(response), device=response.device) - (lengths.cumsum(0) - lengths)[response]
     picked = torch.zeros_like(selected)
     picked[order] = place < wanted[response]
@@ -230,10 +260,8 @@ def dagrpo_margins(scores, advantages, group):
     whole group, anchors among them, before masking. -inf for a response without an opposite or with A = 0: it has no
     gradient anyway. nan in a group that lacks a score (nan).
     """
-    groups = int(group[-1]) + 1 if len(group) else 0
-
     def extreme(of, empty, how):
-        start = torch.full((groups,), empty, dtype=scores.dtype, device=scores.device)
+        start = torch.full(scores.shape, empty, dtype=scores.dtype, device=scores.device)
         return start.scatter_reduce(0, group, scores.where(of, empty), how)[group]
 
     positive, negative = advantages > 0, advantages < 0
@@ -241,7 +269,7 @@ def dagrpo_margins(scores, advantages, group):
     below = extreme(positive, torch.inf, "amin") - scores
     margins = above.where(positive, below.where(negative, -torch.inf))
     margins = margins.where(margins < torch.inf, -torch.inf)  # no opposite
-    missing = group_sum(scores.isnan().to(scores.dtype), group, groups)[group] > 0
+    missing = sum_by(group, scores.isnan().to(scores.dtype), len(group))[group] > 0
     return margins.masked_fill(missing, torch.nan)
 
 

@@ -30,8 +30,8 @@ def print0(*args, **kwargs):
 
 
 def die(message):
-    """End the program because of bad input: one line on stderr (rank 0 only), exit code 2, no traceback."""
-    if is_rank0():
+    """End the program because of bad input: one line on stderr (of a machine's first rank), exit code 2, no traceback."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":  # another machine may lack what rank 0's has
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 

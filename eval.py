@@ -3,7 +3,7 @@
     python eval.py --ckpt=out/quickstart                              a run: its checkpoints, on its own held-out problems
     python eval.py --ckpt=Qwen/Qwen2.5-Math-1.5B --protocol=nthr      a row of the NTHR paper's Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0     every checkpoint of every run in out/
-    torchrun --nproc_per_node=8 eval.py --ckpt=DIR --protocol=dagrpo --tensor_parallel=2    four engines on two GPUs each
+    torchrun --nproc_per_node=8 eval.py --ckpt=DIR --protocol=dagrpo --tp=2    four engines on two GPUs each
     torchrun --nproc_per_node=8 -- eval.py --n=8 ...                  with `--`: torchrun takes `--n` for one of its own
     python eval.py --compare a.jsonl b.jsonl                          two models' responses to the same problems
 
@@ -42,7 +42,7 @@ out_dir = None                # None: eval/ in the run's folder, out/eval for ot
 save_every = 256              # responses an engine makes between two writes; an interruption loses at most these
 compare = ()                  # two files of responses: compare them and do nothing else
 dtype = "auto"                # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
-tensor_parallel = 1           # GPUs an engine is spread over; the ranks make nproc / this engines
+tp = 1                        # GPUs an engine is spread over; the ranks make nproc / this engines
 gpu_memory_utilization = 0.9  # share of each GPU that vLLM takes (CUDA)
 max_num_seqs = 256            # sequences a vLLM engine runs at once
 
@@ -261,8 +261,8 @@ def plan(models):
         own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
         asked = {} if protocol else run  # a protocol asks every model in the same way
         tokenizer, hf_config = load_tokenizer(folder, "ckpt")
-        if hf_config.num_attention_heads % tensor_parallel:
-            die(f"tensor_parallel: {tensor_parallel} does not divide the {hf_config.num_attention_heads} attention heads of {folder}")
+        if hf_config.num_attention_heads % tp:
+            die(f"tp: {tp} does not divide the {hf_config.num_attention_heads} attention heads of {folder}")
         for name in (data.split(",") if data else list(counts) or [own]):
             limit = max_problems or (run["eval_problems"] if run and not data and not protocol else None)
             if name not in loaded:
@@ -307,7 +307,7 @@ def run_job(engine, job):
     todo = [i for i in range(len(job["problems"])) if i not in job["done"]]
     if is_rank0() and (todo or not os.path.exists(job["path"])):
         start_file(job["path"], job["settings"], job["done"])
-    engines = int(os.environ["WORLD_SIZE"]) // tensor_parallel
+    engines = int(os.environ["WORLD_SIZE"]) // tp
     chunk = max(1, save_every * engines // job["n"])
     bar = tqdm(total=len(job["problems"]) * job["n"], initial=(len(job["problems"]) - len(todo)) * job["n"], unit="response",
                desc=f"{job['label']} {os.path.basename(job['name'])}", disable=not is_rank0())
@@ -315,7 +315,7 @@ def run_job(engine, job):
         some = todo[a:a + chunk]
         groups = generate_all_ranks(
             engine, job["tokenizer"], [job["problems"][i] for i in some], [job["prompts"][i] for i in some],
-            tensor_parallel=tensor_parallel, n=job["n"], temperature=job["temperature"], top_p=top_p,
+            tensor_parallel=tp, n=job["n"], temperature=job["temperature"], top_p=top_p,
             max_response_tokens=job["length"], progress=True,
             seeds=[(seed * 1_000_003 + i) * 2**16 for i in some])  # apart: a prompt's n responses count on from its own
         rows = [[dict(index=i, sample=k, problem=g["problem"], answer=g["answer"], response=g["texts"][k],
@@ -410,7 +410,7 @@ if __name__ == "__main__":
             die(f"compare: two files are needed, got {len(compare)}")
         compare_files(*compare)
         sys.exit()
-    for key in ("n", "max_num_seqs", "max_response_tokens", "max_problems", "save_every", "tensor_parallel"):
+    for key in ("n", "max_num_seqs", "max_response_tokens", "max_problems", "save_every", "tp"):
         if config[key] is not None and (not isinstance(config[key], int) or config[key] < 1):
             die(f"{key}: {config[key]!r} is not a positive number")
     if temperature is not None and (isinstance(temperature, (bool, str)) or temperature < 0) or not 0 < top_p <= 1:
@@ -421,8 +421,8 @@ if __name__ == "__main__":
         die(f"seed: {seed} is negative")
     if protocol is not None and protocol not in PROTOCOLS:
         die(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) % tensor_parallel:
-        die(f"tensor_parallel: {tensor_parallel} does not divide the {os.environ.get('WORLD_SIZE', '1')} ranks")
+    if int(os.environ.get("WORLD_SIZE", "1")) % tp:
+        die(f"tp: {tp} does not divide the {os.environ.get('WORLD_SIZE', '1')} ranks")
     jobs = plan([model for part in ckpt.split(",") for model in find_models(part)])
 
     import torch.distributed as dist
@@ -440,7 +440,7 @@ if __name__ == "__main__":
             if engine is None:
                 auto = "bfloat16" if device.type == "cuda" else "float32"
                 engine = build_engine(job["folder"], max(j["context"] for j in jobs), seed, auto if dtype == "auto" else dtype,
-                                      gpu_memory_utilization, max_num_seqs, tensor_parallel)
+                                      gpu_memory_utilization, max_num_seqs, tp)
             elif job["folder"] != inside:
                 load_weights(engine, job["folder"])
             inside = job["folder"]

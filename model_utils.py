@@ -21,7 +21,7 @@ import shutil
 import socket
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -35,8 +35,12 @@ from configurator import is_rank0, print0, save_config, write_whole
 
 try:
     from flash_attn import flash_attn_varlen_func
-except ImportError:  # SDPA then, see packed_attention
-    flash_attn_varlen_func = None
+except ImportError:  # torch's own build of the same kernels
+    from torch.nn.attention.varlen import varlen_attn
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=(-1, 0 if causal else -1),
+                           **({} if q.shape[1] == k.shape[1] else dict(enable_gqa=True)))
 
 
 def setup_distributed():
@@ -51,6 +55,7 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, NTHR's scores
     elif sys.platform == "linux":  # keep what is freed: a step's large tensors need not be cleared by the system again
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks come from the heap too
@@ -71,14 +76,23 @@ class MicroBatch:
     predicts: torch.Tensor    # (N,) int64, index into T of the state that predicts each response token
     targets: torch.Tensor     # (N,) int64, the response tokens
     span: slice               # where the N tokens stand in the rank's flat order; (0, 0) for a filler
-    prefix: int               # tokens of the common prefix, the first of T
-    spans: list               # [(start, end, mask (end - start, prefix + end - start) bool or None: causal)], SDPA: the
-                              # common prefix, then trees, short ones together
     kv_index: torch.Tensor    # (K,) int64, keys of all segments one after the other, varlen attention
     cu_q: torch.Tensor        # (S+1,) int32, where each segment starts in T
     cu_k: torch.Tensor        # (S+1,) int32, where its keys (what leads to it, and its own) start in K
     max_q: int
     max_k: int
+    prefix: int               # tokens of the common prefix, the first of T
+    spans: list               # [(start, end, causal)], SDPA: the common prefix, then trees, short ones together; causal: its
+                              # tokens see all before them
+    segment: torch.Tensor     # (2, T) int32, the segment of each token, and the one of the prompt before it
+    masks: list = None        # of the spans, see tree_masks
+
+    def to(self, device):
+        """The same on a GPU, copied from pinned memory without waiting; on a CPU itself."""
+        if torch.device(device).type == "cpu":
+            return self
+        return replace(self, **{f.name: x.pin_memory().to(device, non_blocking=True) for f in fields(self)
+                                if isinstance(x := getattr(self, f.name), torch.Tensor)})
 
 
 def plan_micro_batches(groups, tokens_per_micro_batch, share_prompts=True):
@@ -127,20 +141,21 @@ def common_prefix(prompts):
 SDPA_TOKENS = 256  # trees shorter than this share a call of SDPA: fewer calls for a little more work
 
 
-def pack(groups, trees, start, device, share_prompts=True):
+def pack(groups, trees, start, device="cpu", share_prompts=True):
     """Pack one micro-batch of a plan. start: flat index of its first response token. See the layout above."""
     prefix = common_prefix([groups[g]["prompt"] for g, _ in trees]) if share_prompts else 0
     before = np.arange(prefix)
-    ids, positions, predicts, targets, kv, segments = [], [], [], [], [], []
+    ids, positions, predicts, targets, kv, segments, segment = [], [], [], [], [], [], []
     spans = []
-    span, parents = [], []  # of the tokens not in spans yet: number of their segment, and of the prompt before it
     base = prefix
     if prefix:
         ids.append(groups[trees[0][0]]["prompt"][:prefix])
         positions.append(before)
         kv.append(before)
+        segment.append(np.zeros((2, prefix)))
         segments.append((prefix, prefix))
-        spans.append((0, prefix, None))
+        spans.append((0, prefix, True))
+    of_span = len(segments)  # segments before the span that is being filled
     for tree, (g, responses) in enumerate(trees):
         prompt = groups[g]["prompt"][prefix:]
         size = len(prompt)
@@ -149,8 +164,7 @@ def pack(groups, trees, start, device, share_prompts=True):
         positions.append(prefix + np.arange(size))
         kv.append(way)
         root = len(segments)
-        span.append(np.full(size, root))
-        parents.append(span[-1])
+        segment.append(np.full((2, size), root))
         segments.append((size, len(way)))
         at = base + size
         for r in responses:
@@ -161,36 +175,30 @@ def pack(groups, trees, start, device, share_prompts=True):
             predicts.append(np.concatenate([[base + size - 1], np.arange(at, at + n - 1)]))
             targets.append(response)
             kv.append(np.concatenate([way, np.arange(at, at + n)]))
-            span.append(np.full(n, len(segments)))
-            parents.append(np.full(n, root))
+            segment.append(np.repeat([[len(segments)], [root]], n, axis=1))
             segments.append((n, len(way) + n))
             at += n
         base = at
         first = spans[-1][1] if spans else 0
-        if base - first < SDPA_TOKENS and tree + 1 < len(trees):
-            continue
-        mask = None
-        if prefix or len(span) > 2:  # own segment or its prompt, not the future; and all of the prefix
-            own, parent = (torch.from_numpy(np.concatenate(x)).to(device) for x in (span, parents))
-            mask = F.pad(((own[:, None] == own) | (parent[:, None] == own)).tril(), (prefix, 0), value=True)
-        spans.append((first, base, mask))
-        span, parents = [], []
+        if base - first >= SDPA_TOKENS or tree + 1 == len(trees):
+            spans.append((first, base, not prefix and len(segments) - of_span == 2))
+            of_span = len(segments)
 
     def long(arrays):
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64)).to(device, non_blocking=True)
+        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
 
     def offsets(lengths):
-        return torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32).to(device, non_blocking=True)
+        return torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
 
     count = sum(len(t) for t in targets)
     return MicroBatch(
         input_ids=long(ids)[None], position_ids=long(positions)[None], predicts=long(predicts), targets=long(targets),
-        span=slice(start, start + count), prefix=prefix, spans=spans, kv_index=long(kv),
-        cu_q=offsets([q for q, _ in segments]), cu_k=offsets([k for _, k in segments]),
-        max_q=max(q for q, _ in segments), max_k=max(k for _, k in segments))
+        span=slice(start, start + count), kv_index=long(kv), cu_q=offsets([q for q, _ in segments]),
+        cu_k=offsets([k for _, k in segments]), max_q=max(q for q, _ in segments), max_k=max(k for _, k in segments),
+        prefix=prefix, spans=spans, segment=torch.from_numpy(np.concatenate(segment, axis=1).astype(np.int32))).to(device)
 
 
-def pack_all(groups, plan, device, at_least=0, share_prompts=True):
+def pack_all(groups, plan, device="cpu", at_least=0, share_prompts=True):
     """Micro-batches of a plan, with fillers (two tokens, empty span) up to `at_least`, so that all ranks run as many."""
     batches, start = [], 0
     for trees in plan:
@@ -201,6 +209,17 @@ def pack_all(groups, plan, device, at_least=0, share_prompts=True):
         batches.append(pack(filler, [(0, [0])], start, device))
         batches[-1].span = slice(0, 0)
     return batches
+
+
+def prefetch(batches, device):
+    """The micro-batches on `device`, each copied before the one ahead of it is computed."""
+    ahead = None
+    for batch in batches:
+        now, ahead = ahead, batch.to(device)
+        if now is not None:
+            yield now
+    if ahead is not None:
+        yield ahead
 
 
 def balance(groups, world_size):
@@ -214,23 +233,36 @@ def balance(groups, world_size):
     return [sorted(s) for s in share]
 
 
+def tree_masks(batch):
+    """For every span which of the prefix and of itself its tokens see, bool (end - start, prefix + end - start); None: all
+    before them. A token sees its own segment and its prompt, not the future, and all of the prefix."""
+    def mask(own, parent):
+        return F.pad(((own[:, None] == own) | (parent[:, None] == own)).tril(), (batch.prefix, 0), value=True)
+
+    return [None if causal else mask(*batch.segment[:, a:b]) for a, b, causal in batch.spans]
+
+
+@torch.compiler.disable  # its loop over spans would be compiled anew for every micro-batch
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """transformers' attention hook for a packed MicroBatch. query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    flash-attn on CUDA, which has no float32: one varlen call in which each segment's queries meet the keys that lead to it
-    and its own (its causal mask is aligned to the last key). Otherwise SDPA, a tree or a few short ones at a time, so that no token pays for
-    all others.
+    On CUDA, which has no flash attention for float32: one varlen call, of flash-attn or of torch, in which each segment's
+    queries meet the keys that lead to it and its own (the causal mask is aligned to the last key). Otherwise SDPA, a tree
+    or a few short ones at a time, so that no token pays for all others.
     """
-    if query.is_cuda and flash_attn_varlen_func is not None and query.dtype in (torch.bfloat16, torch.float16):
-        k, v = key[0].transpose(0, 1)[layout.kv_index], value[0].transpose(0, 1)[layout.kv_index]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        # a prompt's keys serve all responses: gathered in float32, so that their gradients are added up in it
+        k, v = (x[0].transpose(0, 1).float().index_select(0, layout.kv_index).to(x.dtype) for x in (key, value))
         out = flash_attn_varlen_func(query[0].transpose(0, 1), k, v, layout.cu_q, layout.cu_k, layout.max_q,
                                      layout.max_k, softmax_scale=scaling, causal=True)  # (T, H, D)
         return out[None], None
+    if layout.masks is None:  # for all layers and passes
+        layout.masks = tree_masks(layout)
     # split, not slices: the backward pass of a slice fills and adds a tensor of all T tokens, that of a split is one cat
     lengths = [b - a for a, b, _ in layout.spans]
     out = []
-    for (a, b, mask), q, k, v in zip(layout.spans, *(x.split(lengths, dim=2) for x in (query, key, value))):
-        if a == 0 and layout.prefix:
+    for (a, b, _), mask, q, k, v in zip(layout.spans, layout.masks, *(x.split(lengths, dim=2) for x in (query, key, value))):
+        if b == layout.prefix:
             prefix = k, v
         elif layout.prefix:
             k, v = (torch.cat(pair, dim=2) for pair in zip(prefix, (k, v)))
@@ -309,14 +341,19 @@ class Policy(torch.nn.Module):
         return (logp, entropy, hidden.detach(), lse) if states else (logp, entropy)
 
 
-def load_policy(path, compute_dtype, device, activation_checkpointing=False):
-    """Load a Hugging Face folder or hub id as a Policy with float32 parameters on `device`."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="packed")
+def load_policy(path, compute_dtype, device, activation_checkpointing=False, param_dtype=torch.float32, compile=False):
+    """Load a Hugging Face folder or hub id as a Policy with parameters of `param_dtype` on `device`.
+
+    compile: True, or a backend of torch.compile; the layers are compiled, one by one, their attention is not.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=param_dtype, attn_implementation="packed")
     for name in ("final_logit_softcapping", "sliding_window"):
         if getattr(model.config, name, None) and getattr(model.config, "use_" + name, True):
             raise ValueError(f"{path}: models with {name} are not supported by the packed forward pass")
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.base_model.layers if compile else ():
+        layer.compile(dynamic=True, backend="inductor" if compile is True else compile)
     return Policy(model.to(device), compute_dtype)
 
 
@@ -326,7 +363,10 @@ def parallelize(policy, parallel):
     Gradients come out averaged over ranks, so a loss that is a sum over all ranks is to be multiplied by the world size.
     """
     if parallel == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(policy) if dist.get_world_size() > 1 else policy
+        if dist.get_world_size() == 1:
+            return policy
+        # no buffer ever changes; gradients live in the buckets that are reduced, not beside them
+        return torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -545,6 +585,48 @@ def save_figure(fig, path):
     fig.savefig(path + ".tmp.png", dpi=110)
     plt.close(fig)
     os.replace(path + ".tmp.png", path)
+
+
+def write_profile(profiler, out_dir):
+    """Stop a torch profiler; write its trace (chrome://tracing, Perfetto) and print and write the ten operations that took
+    most time themselves, on the GPU if there is one."""
+    profiler.stop()
+    profiler.export_chrome_trace(os.path.join(out_dir, "trace.json.gz"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=10, max_name_column_width=60)
+    write_whole(os.path.join(out_dir, "profile.txt"), table)
+    print0(table)
+
+
+def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_bytes=2, reference=None, tokens=8192,
+                    activation_checkpointing=False, head_chunk=512):
+    """What training takes of one GPU, GiB by part, counted from the shapes of a Hugging Face config; no model is made.
+
+    reference: None, "resident", "offload" or "shard"; tokens: packed tokens of a micro-batch. "held" is what stays while
+    vLLM samples, "peak" what a micro-batch and its update take in all; the CUDA context and fragmentation come on top.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    params, d, vocab, layers = sum(p.numel() for p in model.parameters()), config.hidden_size, config.vocab_size, config.num_hidden_layers
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    shards = ranks if parallel == "fsdp" else 1
+    c, stream = compute_bytes, param_bytes  # the residual stream has the parameters' type
+    # kept for the backward pass, bytes a token of one layer: two norms (their input and result), casts to the compute type
+    # for q, k, v, gate and up, three forms of q and k, v and the gathered keys and values, attention's result, four of the MLP
+    layer = 4 * d * stream + (5 * d if c != stream else 0) * c + c * head_dim * (4 * heads + 6 * kv_heads) + 4 * c * config.intermediate_size
+    of_layers = layers * d * stream + layer if activation_checkpointing else layers * layer
+    whole_layer = (params - vocab * d) / layers  # parameters; two are gathered at a time by FSDP2, and the head
+    out = {
+        "weights": params * param_bytes / shards, "optimizer": 2 * params * param_bytes / shards,
+        "reference": params * c / (ranks if reference == "shard" else 1) if reference else 0,
+        "gradients": params * param_bytes / shards,
+        "copies": (2 * whole_layer + vocab * d) * (c + param_bytes) if shards > 1 else params * c if c != param_bytes else 0,
+        "activations": tokens * of_layers, "head": 2 * head_chunk * vocab * 4 + vocab * d * (4 + 2 * c)}
+    held = out["weights"] + out["optimizer"] + (out["reference"] if reference != "offload" else 0)
+    # an offloaded reference model is here for its own pass, when there are no gradients and activations yet
+    peak = sum(out.values()) - (out["reference"] if reference == "offload" else 0)
+    return {k: v / 2**30 for k, v in (out | {"held": held, "peak": peak}).items()}
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,

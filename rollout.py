@@ -642,6 +642,7 @@ def push_weights(engine, weights, tied, sleep_level=0):
 
     if torch.cuda.is_available():
         if sleep_level:  # the weights first: the KV cache comes back when theirs is the only other memory in use
+            torch.cuda.empty_cache()  # vLLM maps its memory anew, past torch's allocator, which keeps the trainer's
             engine.wake_up(["weights"])
         engine.apply_model(lambda m: m.load_weights(weights) and None)
         if sleep_level:

@@ -39,8 +39,9 @@ oversample = 1.0              # prompts in work at once / prompts still missing;
 streaming = True              # new prompts are issued as others finish; False: in rounds, when all have
 max_rounds = 8                # prompts sampled a step at most / prompts_per_step; then train on what there is
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
-gpu_memory_utilization = 0.5  # share of each GPU that vLLM takes (CUDA)
+gpu_memory_utilization = None  # share of each GPU that vLLM takes (CUDA); None: what the trainer leaves (estimate_memory)
 max_num_seqs = 256            # sequences a vLLM engine runs at once
+tp = 1                        # tensor parallel: neighbouring ranks that share an engine; 1: an engine a rank
 sleep_level = 1               # while training, vLLM's weights: 1 to host memory, 2 dropped, 0 stay on the GPU (CUDA)
 # variant and loss
 variant = "grpo"              # "grpo", "pos_only", "random", "nthr" or "dagrpo": advantages.token_advantages
@@ -54,7 +55,11 @@ pos_weight = 1.0              # times the advantages of correct responses
 neg_weight = 1.0              # times those of incorrect ones
 clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
 clip_high = 0.2               # 0.28: clip-higher (DAPO)
+old_logp = "trainer"          # pi_old of the ratio: "trainer", by a pass of its own where the training pass will not do, or
+                              # "rollout", vLLM's own figures
+tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3), against their mismatch; 0: not (CPU: none needed)
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded (the NTHR paper: 1e-4)
+reference = "resident"        # that model is on every GPU, "offload": in host memory between its passes, "shard": over the ranks
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
 demos = None                  # JSON Lines file with `problem` and `solution`; None: the data set's own solutions
 judge = "rubric"              # of variant dagrpo: "rubric", "self" (the engine) or a server, "http://host:port/v1": judge.py
@@ -80,14 +85,17 @@ weight_decay = 0.0
 adam_betas = (0.9, 0.999)
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
+param_dtype = "float32"       # of parameters, gradients and AdamW's moments; "bfloat16": half the memory, small updates are lost
 compute_dtype = "auto"        # of the trainer's matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
 activation_checkpointing = False  # compute activations again in the backward pass
+compile = False               # torch.compile the layers (CUDA)
 # watching and saving
 eval_every = 10               # steps; greedy accuracy on the evaluation problems, also at step 0 and the last; 0: never
 ckpt_every = 0                # steps between checkpoints; 0: before every evaluation. There is always one at the end
 keep_ckpts = 2                # newest checkpoints kept
 samples_per_step = 16         # responses a step written to samples.jsonl
 wandb_project = None          # log to Weights & Biases under this project
+profile = False               # trace the second and third step: out_dir/trace.json.gz, and their ten dearest operations, printed
 
 config = configure(globals())
 
@@ -105,7 +113,8 @@ VARIANTS = ("grpo", "pos_only", "random", "nthr", "dagrpo")
 ETAS = ("2|0.5-p|", "p", "1-p")
 for key, known in (("variant", VARIANTS), ("parallel", ("ddp", "fsdp")), ("nthr_vocab", ("response", "full")),
                    ("advantage_norm", ("std", "mean")), ("loss_norm", ("group", "token", "constant")),
-                   ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES), ("anchors", (0, 1)),
+                   ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES), ("param_dtype", DTYPES[1:]), ("anchors", (0, 1)),
+                   ("old_logp", ("trainer", "rollout")), ("reference", ("resident", "offload", "shard")),
                    ("anchor_mode", ("replace", "add")), ("anchor_loss", ("luffy", "logp"))):
     if config[key] not in known:
         die(f"{key}: {config[key]!r} is none of {', '.join(map(str, known))}")
@@ -116,13 +125,13 @@ if math.isnan(nthr_beta) or nthr_beta == math.inf:
     die(f"nthr_beta: {nthr_beta} is neither a number nor -inf")
 if group_size < 2:
     die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
-for key in ("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "max_rounds", "oversample",
+for key in ("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "oversample",
             "temperature", "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs",
-            "judge_tokens", "judge_timeout", "judge_concurrency"):
+            "max_rounds", "judge_tokens", "judge_timeout", "judge_concurrency", "tp"):
     if not config[key] > 0 or (key == "oversample" and oversample < 1):
         die(f"{key}: {config[key]} is too small")
 for key in ("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
-            "weight_decay", "samples_per_step", "seed", "judge_retries"):
+            "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"):
     if config[key] < 0:
         die(f"{key}: {config[key]} is negative")
 for key in ("demos", "judge", "judge_model"):
@@ -133,6 +142,14 @@ if not served and judge not in ("rubric", "self"):
     die(f"judge: {judge!r} is none of rubric, self and an address, http://host:port/v1")
 if not 0 < delta <= 9:
     die(f"delta: {delta} is not in (0, 9], the differences of scores from 1 to 10")
+if tis_cap and old_logp == "rollout":
+    die(f"tis_cap: {tis_cap} has nothing to correct with old_logp=rollout: pi_old is pi_rollout")
+if world_size % tp:
+    die(f"tp: {tp} does not divide the {world_size} ranks")
+if tp > 1 and judge == "self" and variant == "dagrpo":
+    die("tp: judge=self asks an engine a rank; use 1, or another judge")
+if gpu_memory_utilization is not None and not (isinstance(gpu_memory_utilization, float) and 0 < gpu_memory_utilization < 1):
+    die(f"gpu_memory_utilization: {gpu_memory_utilization!r} is not between 0 and 1")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):
@@ -155,6 +172,8 @@ prompts = encode_prompts(tokenizer, train_problems, dataset, system_prompt, few_
 test_prompts = encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)  # asked as in training
 context = max(check_lengths(p, max_response_tokens, hf_config.max_position_embeddings, name)
               for p, name in ((prompts, f"dataset {dataset}"), (test_prompts, f"eval_dataset {eval_dataset}")) if p)
+if hf_config.num_attention_heads % tp:
+    die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
 if judged and judge == "self":  # as long as its longest question, if the model's context is
     problem, solution = max(((row["problem"], d) for row, ds in zip(train_problems, demonstrations) for d in ds),
                             key=lambda pair: sum(map(len, pair)))
@@ -167,18 +186,22 @@ import torch  # after the checks: it takes seconds to import
 import torch.distributed as dist
 from tqdm import tqdm
 
-from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advantages, influence, kl_k3, nthr_eta as eta_of,
-                        nthr_select, policy_loss, random_like, token_advantages, token_weights)
-from model_utils import (balance, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu, newest_checkpoint, open_run,
-                         optimizer_step, pack_all, parallelize, plan_micro_batches, plot_curves, save_checkpoint,
-                         setup_distributed, splits_groups)
+from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advantages, group_tokens, influence, kl_k3,
+                        nthr_eta as eta_of, nthr_select, policy_loss, random_like, sum_by, token_advantages, token_weights,
+                        truncated_importance)
+from model_utils import (balance, estimate_memory, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu,
+                         newest_checkpoint, open_run, optimizer_step, pack_all, parallelize, plan_micro_batches, plot_curves,
+                         prefetch, save_checkpoint, setup_distributed, splits_groups, write_profile)
 
 start, start_state = None, dict(step=0, position=0)
 if resume:
     found = newest_checkpoint(out_dir)
     if found is None:
-        die(f"resume: no whole checkpoint in {out_dir}")
+        die(f"resume: no whole checkpoint in {out_dir}; on several machines it has to be where all of them see it")
     start, start_state = found
+
+if profile and max_steps < start_state["step"] + 3:
+    die(f"profile: traces the second and third step; max_steps={max_steps} leaves {max_steps - start_state['step']}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # set up: process group, run folder, engine (first: it measures free memory), policy, optimizer
@@ -187,12 +210,14 @@ device = setup_distributed()
 rank = dist.get_rank()
 scored = variant in ("nthr", "random")  # variants that select tokens by NTHR's scores
 on_cuda = device.type == "cuda"
+if compile and not on_cuda:
+    die("compile: needs CUDA; on a CPU vLLM is run without a compiler, and turns torch's off")
 auto = "bfloat16" if on_cuda else "float32"
 torch.manual_seed(seed)
-counts = [None] * world_size
-dist.all_gather_object(counts, len(train_problems))
-if len(set(counts)) > 1:  # one could not read an evaluation set from the hub
-    die(f"dataset: the ranks have different numbers of training problems: {counts}")
+seen = [None] * world_size  # machines differ: one could not read an evaluation set from the hub, or has an older checkpoint
+dist.all_gather_object(seen, (len(train_problems), start_state["step"]))
+if len(set(seen)) > 1:
+    die(f"dataset, resume: the ranks have different numbers of training problems, or steps to resume from: {seen}")
 end = None
 if demonstrations is not None:
     end = end_token(tokenizer, model)
@@ -207,13 +232,27 @@ if is_rank0():
     open_run(out_dir, start and start_state["step"])
     save_config(config, os.path.join(out_dir, "run_config.json"))
 dist.barrier()
-engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
-                      gpu_memory_utilization, max_num_seqs)
 compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
-policy = load_policy(start or model, compute, device, activation_checkpointing)
+masters = getattr(torch, param_dtype)
+memory = estimate_memory(hf_config, world_size, parallel, masters.itemsize, compute.itemsize, reference if kl_coef else None,
+                         tokens_per_micro_batch, activation_checkpointing)                         # GiB
+if on_cuda and gpu_memory_utilization is None:  # 3 GiB: CUDA context, vLLM's graphs, fragments
+    card = torch.cuda.get_device_properties(device).total_memory / 2**30
+    left = card - 3 - memory["held" if sleep_level else "peak"]
+    gpu_memory_utilization = min(0.9, left / card)
+    print0(f"memory, GiB of {card:.0f}: trainer {memory['held']:.1f}, in an update {memory['peak']:.1f}; vLLM {left:.1f}")
+    if left < 1 or memory["peak"] > card - 3:
+        die(f"tokens_per_micro_batch: an update needs about {memory['peak']:.0f} GiB of the GPU's {card:.0f}: " + ", ".join(
+            f"{k} {v:.1f}" for k, v in memory.items() if k not in ("held", "peak")) + "; see also parallel=fsdp, "
+            "activation_checkpointing, param_dtype, reference")
+engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
+                      gpu_memory_utilization, max_num_seqs, tp)
+policy = load_policy(start or model, compute, device, activation_checkpointing, masters, compile)
 net = parallelize(policy, parallel)
 net.train()
-ref = load_policy(model, compute, device).requires_grad_(False) if kl_coef else None
+ref = load_policy(model, compute, device, param_dtype=compute).requires_grad_(False) if kl_coef else None
+if ref is not None and reference != "resident":
+    ref = parallelize(ref, "fsdp") if reference == "shard" else ref.cpu()
 if judged:
     scores_known = read_cache(out_dir)  # of this run before it was resumed
     names = [judge_model]
@@ -267,10 +306,10 @@ def spare_tokens(update, batch, h, lse, head, picker, sums):
         return
     r, t = slice(responses[done], responses[whole]), slice(tokens[done], tokens[whole])
     rewards, response, group = (update["rewards"][r], update["response"][t] - responses[done], update["group"][r] - done)
-    s = torch.cat([influence(*(x[tokens[g] - base:tokens[g + 1] - base] for x in states), head,
-                             update["rewards"][update["response"][tokens[g]:tokens[g + 1]]] == 1, temperature, nthr_vocab)
-                   for g in range(done, whole)])                                                   # (tokens of these groups,)
-    selected, tau = nthr_select(s, rewards, response, group, nthr_beta)
+    s = torch.cat([influence(*(x[tokens[g] - base:tokens[g + 1] - base] for x in states), head, source, temperature,
+                             rows if nthr_vocab == "response" else "full")
+                   for g, (source, rows) in zip(range(done, whole), update["group_tokens"][done:whole])])  # (these groups' tokens,)
+    selected, tau = nthr_select(s, rewards, response, group, nthr_beta, whole - done)
     picked = random_like(selected, response, picker) if variant == "random" else selected
     update["token_advantages"][t] = token_advantages(variant, update["advantages"][r], rewards, response, group, picked, eta)
     wrong = rewards[response] == 0
@@ -278,13 +317,13 @@ def spare_tokens(update, batch, h, lse, head, picker, sums):
     etas = eta_of(eta, rewards, group)
     sums += torch.stack([wrong.sum(), picked.sum(), (s * picked).sum(), (s * (wrong & ~picked)).sum(), real.sum(),
                          (tau < 0).logical_and(real).sum(), tau.where(real, 0).sum(),
-                         (etas / torch.bincount(group)[group])[real[group]].sum()]).double()
+                         (etas / sum_by(group, torch.ones_like(etas), len(group))[group]).where(real[group], 0).sum()]).double()
 
 
 def evaluate(step):
     """Greedy accuracy on the evaluation problems, logged and printed."""
     began = time.time()
-    groups = generate_all_ranks(engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0,
+    groups = generate_all_ranks(engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0, tensor_parallel=tp,
                                 max_response_tokens=max_response_tokens)
     row = {"step": step, "eval/accuracy": accuracy(groups), "eval/problems": len(groups),
            "eval/mean_length": float(np.mean([len(r) for g in groups for r in g["responses"]])),
@@ -298,6 +337,7 @@ def evaluate(step):
 # the loop
 
 step, position = start_state["step"], start_state["position"]
+profiler = torch.profiler.profile(acc_events=True) if profile and is_rank0() else None
 bar = tqdm(total=max_steps, initial=step, desc="train", unit="step", disable=not is_rank0())
 saved = step if start else None  # the step of the newest checkpoint
 while True:
@@ -311,6 +351,8 @@ while True:
     if step >= max_steps:
         break
     step += 1
+    if profiler and step == start_state["step"] + 2:
+        profiler.start()
     clock = [time.time()]
     seconds = {}
 
@@ -322,11 +364,11 @@ while True:
         seconds[f"time/{phase}"] = seconds.get(f"time/{phase}", 0.0) + clock[-1] - clock[-2]
 
     # rollout: every rank samples its share and then holds all groups of the step
-    torch.manual_seed(hash((seed, step, rank)) % 2**63)  # of vLLM's sampling: a resumed run draws the same
+    torch.manual_seed(hash((seed, step, rank // tp)) % 2**63)  # of vLLM's sampling: a resumed run draws the same
     groups, sampled, position, in_vain = sample_batch(
         engine, tokenizer, train_problems, prompts, position, seed, prompts_per_step=prompts_per_step,
         oversample=oversample, max_prompts=max_rounds * prompts_per_step, keep_all=not dynamic_sampling, n=group_size,
-        streaming=streaming, tensor_parallel=tensor_parallel,
+        streaming=streaming, tensor_parallel=tp,
         anchors=anchor_mode if anchors else "none", hard_only=anchor_hard_only, end=end,
         temperature=temperature, max_response_tokens=max_response_tokens)
     lap("rollout")
@@ -364,7 +406,8 @@ while True:
             is_anchor=is_anchor, margins=margins, lam=lam,
             first_response=np.cumsum([0] + sizes).tolist(),                                        # (M+1,), of each group
             first_token=np.cumsum([0] + [sum(len(r) for r in g["responses"]) for g in mine]).tolist(),
-            batches=pack_all(mine, plans[rank], device, at_least=max(map(len, plans)), share_prompts=share_prompts),
+            batches=pack_all(mine, plans[rank], at_least=max(map(len, plans)), share_prompts=share_prompts),  # on the host
+            group_tokens=[group_tokens(g["responses"], g["rewards"], device) for g in mine] if scored else None,
             rollout_logp=torch.from_numpy(rollout_logp).to(device),                                # (N,)
             moved=torch.zeros_like(rewards),  # (B,) log-likelihood since the step began, when its update comes
             token_weights=token_weights(response, group, len(chunk), loss_norm,                    # (N,)
@@ -374,7 +417,8 @@ while True:
                                               lam=lam))
         # the first update meets the policy that sampled: its old log-probabilities, and NTHR's states if no group is cut
         # in two, are those of its own training forward. Later updates need a forward pass before the first
-        update["old_pass"] = bool(updates) or scored and any(map(splits_groups, plans))
+        update["old_known"] = not updates or scored or old_logp == "trainer"  # the trainer's pi_old will be there
+        update["old_pass"] = bool(updates) and update["old_known"] or scored and any(map(splits_groups, plans))
         update["scored"] = [0, None]  # groups scored so far; states of a group whose other half is in the next batch
         updates.append(update)
     picker = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)  # of Random's tokens
@@ -385,7 +429,7 @@ while True:
         if update["old_pass"]:
             with torch.no_grad():
                 outs = []
-                for batch in update["batches"]:
+                for batch in prefetch(update["batches"], device):
                     logp, _, *states = net(batch, temperature, states=scored)
                     outs.append(logp[:batch.span.stop - batch.span.start])
                     if scored:
@@ -393,10 +437,12 @@ while True:
                 update["old_logp"] = torch.cat(outs)                                               # (N,)
     lap("old_logp")
     if ref is not None:
+        ref.to(device) if reference == "offload" else None
         with torch.no_grad():
             for update in updates:
                 update["ref_logp"] = torch.cat([ref(b, temperature)[0][:b.span.stop - b.span.start]
-                                                for b in update["batches"]])                       # (N,)
+                                                for b in prefetch(update["batches"], device)])     # (N,)
+        ref.cpu() if reference == "offload" else None
         lap("ref_logp")
 
     lr = learning_rate * min(1.0, step / (warmup_steps + 1))
@@ -404,15 +450,15 @@ while True:
         lr *= max(0.0, 1 - (step - 1) / decay_steps)
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
-    sums = torch.zeros(7, dtype=torch.float64, device=device)  # over this rank's tokens; read below, in order
+    sums = torch.zeros(10, dtype=torch.float64, device=device)  # over this rank's tokens; read below, in order
     trained = [(a, len(r)) for u in updates for g in u["groups"] for r, a in zip(g["responses"], g["anchor"])]
     counts = torch.tensor([sum(k for a, k in trained if not a), sum(k for a, k in trained if a),  # sampled and anchor tokens
                            sum(b.input_ids.numel() for u in updates for b in u["batches"])])      # packed tokens
-    gap_max = torch.zeros((), device=device)
+    highest = torch.zeros(2, device=device)  # gap and ratio to vLLM
     displaced = torch.zeros(3, dtype=torch.float64, device=device)  # correct responses; log-likelihood change; how many fell
     grad_norms = []
     for update in updates:
-        for i, batch in enumerate(update["batches"]):
+        for i, batch in enumerate(prefetch(update["batches"], device)):
             last = i == len(update["batches"]) - 1
             span, n = batch.span, batch.span.stop - batch.span.start
             # DDP averages gradients once an update, in its last micro-batch; FSDP adds shards up as it goes
@@ -422,21 +468,27 @@ while True:
                 logp, entropy = logp[:n], entropy[:n]                                              # (n,)
                 if fresh:
                     spare_tokens(update, batch, *states, head, picker, nthr_sums)
-                old = logp.detach() if update["old_logp"] is None else update["old_logp"][span]
+                before = logp.detach() if update["old_logp"] is None else update["old_logp"][span]  # the trainer's pi_old
+                sampler = update["rollout_logp"][span]
+                old = before if old_logp == "trainer" else sampler
                 anchor = update["is_anchor"][update["response"][span]]                             # (n,)
+                importance, ratio = truncated_importance(before, sampler, tis_cap or math.inf)
                 loss, clipped, kl = policy_loss(
                     logp, old, update["token_advantages"][span], update["token_weights"][span], clip_low, clip_high,
-                    kl_coef, update["ref_logp"][span] if ref is not None else None, anchor, anchor_loss)
+                    kl_coef, update["ref_logp"][span] if ref is not None else None, anchor, anchor_loss,
+                    importance if tis_cap else None)
                 (loss * world_size).backward()  # gradients are averaged over ranks; the loss is their sum
             with torch.no_grad():
-                if update is not updates[0]:
-                    update["moved"].index_add_(0, update["response"][span], logp - old)
-                gap = (old - update["rollout_logp"][span]).abs().where(~anchor, 0)  # these figures are of sampled tokens
-                gap_max = torch.maximum(gap_max, gap.max() if n else gap_max)
+                if update["old_known"]:
+                    update["moved"].index_add_(0, update["response"][span], logp - before)
+                ours = ~anchor & update["old_known"]  # sampled tokens; the gap needs the trainer's pi_old too
+                gap, ratio = (before - sampler).abs().where(ours, 0), ratio.where(ours, 0)
+                highest = torch.maximum(highest, torch.stack([gap.max(), ratio.max()]) if n else highest)
                 sums += torch.stack([loss, entropy.where(~anchor, 0).sum(), clipped.sum(), kl.sum(),
-                                     kl_k3(old, logp).where(~anchor, 0).sum(), gap.sum(), logp.where(anchor, 0).sum()]).double()
+                                     kl_k3(old, logp).where(~anchor, 0).sum(), logp.where(anchor, 0).sum(), ours.sum(), gap.sum(),
+                                     ratio.sum(), (ratio > importance).sum()]).double()
         grad_norms.append(optimizer_step(policy, optimizer, grad_clip))
-        if update is not updates[0]:  # what the step's earlier updates did to the correct responses of this one
+        if update is not updates[0] and update["old_known"]:  # what earlier updates did to this one's correct responses
             correct = (update["rewards"] == 1) & ~update["is_anchor"]
             displaced += torch.stack([correct.sum(), (update["moved"] * correct).sum(),
                                       (correct & (update["moved"] < 0)).sum()]).double()
@@ -444,31 +496,39 @@ while True:
 
     sync_weights(engine, policy.model, sleep_level)
     lap("sync")
+    if profiler and step == start_state["step"] + 3:
+        write_profile(profiler, out_dir)
+        profiler = None
 
     # one row of figures, over all ranks
     counts = counts.to(device)
     for x in (counts, sums, nthr_sums, displaced):
         dist.all_reduce(x)
-    dist.all_reduce(gap_max, dist.ReduceOp.MAX)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
     seconds["time/step"] = clock[-1] - clock[0]
-    (n, anchor_tokens, packed), (loss, entropy, clipped, kl, kl_old, gap, anchor_logp) = counts.tolist(), sums.tolist()
-    tokens = max(n, 1)
+    n, anchor_tokens, packed = counts.tolist()
+    loss, entropy, clipped, kl, kl_old, anchor_logp, compared, gap, ratio, cut = sums.tolist()
+    tokens, compared = max(n, 1), max(compared, 1)
     responses = [len(r) for g in sampled for r, a in zip(g["responses"], g["anchor"]) if not a]
     row = {
         "step": step, "reward/mean": accuracy(groups) if groups else 0.0, "reward/accuracy": accuracy(sampled),
         "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
-        "rollout/response_tokens": n, "rollout/mean_length": float(np.mean(responses)),
+        "rollout/response_tokens": n, "rollout/tokens_in_vain": in_vain,
+        "rollout/tokens_dropped": sum(responses) - n, "rollout/mean_length": float(np.mean(responses)),
         "rollout/truncated": float(np.mean([cut for g in sampled for cut in g["truncated"][~g["anchor"]]])),
         "train/loss": loss / max(len(updates), 1), "train/entropy": entropy / tokens,
         "train/grad_norm": float(torch.stack(grad_norms).mean()) if grad_norms else 0.0,
         "train/clip_fraction": clipped / tokens, "train/kl": kl / tokens, "train/kl_old": kl_old / tokens,
         "train/lr": lr, "train/updates": len(updates),
-        "gap/mean": gap / tokens, "gap/max": gap_max.item(), **seconds,
-        "perf/rollout_tok_s": sum(responses) / seconds["time/rollout"],
+        "gap/mean": gap / compared, "gap/max": highest[0].item(), "gap/ratio": ratio / compared,
+        "gap/ratio_max": highest[1].item(), **seconds,
+        "perf/rollout_tok_s": (sum(responses) + in_vain) / seconds["time/rollout"],
         "perf/train_tok_s": packed / seconds["time/update"],
         "perf/peak_memory_gib": (torch.cuda.max_memory_allocated() if on_cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
     }
+    if tis_cap:
+        row["gap/ratio_cut"] = cut / compared
     if scored and n:
         wrong, selected, s_selected, s_others, scored_groups, tau_negative, tau_sum, eta_sum = nthr_sums.tolist()
         row |= {"nthr/selected": selected / max(wrong, 1), "nthr/tau_negative": tau_negative / max(scored_groups, 1),
@@ -519,7 +579,7 @@ while True:
                    f"tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
                    f"{row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad {row['train/grad_norm']:.2f}, clip "
                    f"{row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap {row['gap/mean']:.1e}/"
-                   f"{row['gap/max']:.1e},{extra} s: {phases}")
+                   f"{row['gap/max']:.1e}, in vain {in_vain},{extra} s: {phases}")
         bar.set_postfix_str(f"accuracy {row['reward/accuracy']:.2f}, {seconds['time/step']:.1f} s/step")
     bar.update()
 

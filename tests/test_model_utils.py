@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_utils
-from model_utils import (HeadLogprob, balance, check_checkpoint, checkpoints, common_prefix, load_policy, newest_checkpoint, open_run,
-                         pack, pack_all, packed_attention, plan_micro_batches, splits_groups)
+from model_utils import (HeadLogprob, Policy, balance, check_checkpoint, checkpoints, common_prefix, estimate_memory, load_policy,
+                         make_optimizer, newest_checkpoint, open_run, optimizer_step, pack, pack_all, packed_attention,
+                         plan_micro_batches, prefetch, splits_groups)
 
 CPU = torch.device("cpu")
 
@@ -198,6 +199,80 @@ def test_balance_deals_every_group_once():
     loads = [sum(3 + 4 * (i + 1) for i in s) for s in shares]
     assert max(loads) - min(loads) <= 3 + 4 * 17
     assert balance(groups[:2], 4).count([]) == 2  # more ranks than groups: idle ranks run fillers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_and_checkpointing_give_the_same_gradient(policy, model_dir, checkpointing):
+    """torch.compile's tracing of the layers (backend aot_eager: no C++ compiler needed), with and without activation
+    checkpointing: the numbers of the plain policy, for micro-batches of several sizes."""
+    groups = random_groups(49152, SIZES)
+    plan = plan_micro_batches(groups, 40)
+    assert len({sum(len(rs) for _, rs in trees) for trees in plan}) > 1
+    off, torch._dynamo.config.disable = torch._dynamo.config.disable, False  # an engine in this process turns it off
+    try:
+        grads = []
+        for p in (policy, load_policy(model_dir, torch.float32, CPU, checkpointing, compile="aot_eager")):
+            p.train()
+            for b in prefetch(pack_all(groups, plan), CPU):
+                p(b, 1.0)[0].sum().backward()
+            grads.append(torch.cat([x.grad.flatten() for x in p.parameters()]))
+            p.zero_grad()
+    finally:
+        torch._dynamo.config.disable = off
+    policy.eval()
+    assert (grads[1] - grads[0]).norm() < 1e-4 * grads[0].norm()
+
+
+def test_parameters_in_bfloat16(policy, model_dir, text_groups):
+    low = load_policy(model_dir, torch.bfloat16, CPU, param_dtype=torch.bfloat16)
+    batch, = pack_all(text_groups, plan_micro_batches(text_groups, 10_000))
+    logp, _ = low(batch, 1.0)
+    want, _ = policy(batch, 1.0)
+    assert logp.dtype == torch.float32 and 1e-6 < (logp - want).abs().mean() < 0.1
+    optimizer = make_optimizer(low, "adamw", 1e-2, (0.9, 0.999), 0.0)
+    logp.mean().backward()
+    before = logp.mean().item()
+    assert torch.isfinite(optimizer_step(low, optimizer, 1.0))
+    assert all(p.dtype == torch.bfloat16 for p in low.parameters())
+    assert all(s["exp_avg"].dtype == torch.bfloat16 for s in optimizer.state.values())
+    assert abs(low(batch, 1.0)[0].mean().item() - before) > 0.1
+
+
+def test_prefetch_keeps_order():
+    class Batch:
+        def __init__(self, name):
+            self.name, self.there = name, False
+
+        def to(self, device):
+            self.there = True
+            return self
+    batches = [Batch(i) for i in range(4)]
+    for i, b in enumerate(prefetch(batches, "cuda")):
+        assert b.name == i and [x.there for x in batches] == [x <= i + 1 for x in range(4)]  # the next one is on its way
+    assert i == 3 and list(prefetch([], "cuda")) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_activations_is_what_autograd_keeps(model_dir, dtype):
+    """estimate_memory's bytes a token against the tensors that a forward pass saves for the backward pass."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+    for config in (AutoConfig.from_pretrained(model_dir, num_hidden_layers=4),
+                   Qwen2Config(hidden_size=384, intermediate_size=2048, num_attention_heads=6, num_key_value_heads=2,
+                               num_hidden_layers=4, vocab_size=1000, tie_word_embeddings=True)):
+        model = Policy(AutoModelForCausalLM.from_config(config, attn_implementation="packed").float(), dtype)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        totals = []
+        for n in (300, 600):
+            batch = pack([dict(prompt=np.array([3]), responses=[np.arange(n) % 100])], [(0, [0])], 0)
+            kept = {}
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x,
+                                                          lambda x: x):
+                out = model(batch, 1.0)
+            totals.append(sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights))
+            del out
+        got = estimate_memory(config, compute_bytes=dtype.itemsize, tokens=2**20)["activations"] * 2**10  # bytes a token
+        assert 0.85 < got / ((totals[1] - totals[0]) / 300) < 1.15
+        assert estimate_memory(config)["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())
 
 
 def fake_checkpoint(out_dir, step):

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from advantages import (anchor_loss, clipped_loss, dagrpo_margins, dagrpo_masks, group_advantages, gwhes, influence,
-                        nthr_select, policy_loss, random_like, token_advantages, token_weights)
+from advantages import (anchor_loss, clipped_loss, dagrpo_margins, dagrpo_masks, group_advantages, group_tokens, gwhes, influence,
+                        nthr_select, policy_loss, random_like, token_advantages, token_weights,
+                        truncated_importance)
 
 D, V = 7, 19
 
@@ -191,6 +192,8 @@ def test_scores_through_the_real_model(model_dir):
     head = policy.model.get_output_embeddings().weight
     full = influence(h, batch.targets, lse, head, source, 0.9, "full", chunk=4)
     part = influence(h, batch.targets, lse, head, source, 0.9, "response", chunk=4)
+    index, vocabulary = group_tokens(groups[0]["responses"], [1, 0, 0], "cpu")  # known on the host: the same
+    assert torch.equal(part, influence(h, batch.targets, lse, head, index, 0.9, vocabulary, chunk=4))
 
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     rows = []
@@ -214,6 +217,46 @@ def test_scores_through_the_real_model(model_dir):
 
 
 # --- DaGRPO ----------------------------------------------------------------------------------------------------------
+
+def test_nothing_in_a_micro_batch_waits_for_the_gpu(model_dir, monkeypatch):
+    """The work of train.py's loop on tensors without data (device meta), where whatever asks the device for a value (item,
+    nonzero, unique, bincount, a boolean index) raises: forward, scores, selection, loss, backward."""
+    from contextlib import nullcontext
+    from dataclasses import fields, replace
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from model_utils import Policy, pack_all
+    from test_model_utils import random_groups
+
+    groups = random_groups(49152, [(9, [6, 4, 5]), (3, [2, 2]), (5, [7, 1])])
+    batch, = pack_all(groups, [[(0, [0, 1, 2]), (1, [0, 1]), (2, [0, 1])]])
+    batch = replace(batch, **{f.name: x.to("meta") for f in fields(batch) if isinstance(x := getattr(batch, f.name), torch.Tensor)})
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_dir, num_hidden_layers=2)
+        policy = Policy(AutoModelForCausalLM.from_config(config, attn_implementation="packed"), torch.float32)
+        rewards, group = torch.zeros(7), torch.zeros(7, dtype=torch.int64)
+        response, rollout_logp, weights = torch.zeros(27, dtype=torch.int64), torch.zeros(27), torch.zeros(27)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # there is none for meta
+    logp, entropy, h, lse = policy(batch, 1.0, states=True)
+    head = policy.model.get_output_embeddings().weight.detach()
+    for vocab in ("response", "full"):
+        s = []
+        for first, g in zip((0, 15, 19), groups):
+            span = slice(first, first + sum(map(len, g["responses"])))
+            source, rows = group_tokens(g["responses"], [1] + [0] * (len(g["responses"]) - 1), "meta")
+            s.append(influence(h[span], batch.targets[span], lse[span], head, source, 1.0, rows if vocab == "response" else "full"))
+    selected, tau = nthr_select(torch.cat(s), rewards, response, group, 1.0, groups=3)
+    picked = random_like(selected, response, torch.Generator().manual_seed(0))
+    a = group_advantages(rewards, group)
+    for variant, chosen in (("nthr", selected), ("random", picked)):
+        per_token = token_advantages(variant, a, rewards, response, group, chosen)
+    importance, ratio = truncated_importance(logp, rollout_logp, 2.0)
+    loss, *_ = policy_loss(logp, logp.detach(), per_token, weights, kl_coef=0.1, ref_logp=rollout_logp, anchor=selected,
+                           importance=importance)
+    loss.backward()
+    assert loss.is_meta and all(p.grad is not None and p.grad.is_meta for p in policy.parameters())
+    with pytest.raises(Exception):
+        nthr_select(torch.cat(s), rewards, response, group)  # looks the number of groups up: the device is asked
+
 
 def test_dagrpo_masks_against_a_loop():
     g = torch.Generator().manual_seed(0)
@@ -312,3 +355,29 @@ def test_union_advantages_with_an_anchor():
     """7 wrong rollouts and a correct demonstration: mean 1/8, so +7/8 for the anchor and -1/8 for each rollout."""
     a = group_advantages(torch.tensor([0.0] * 7 + [1.0]), torch.zeros(8, dtype=torch.int64), "mean")
     assert torch.allclose(a, torch.tensor([-1 / 8] * 7 + [7 / 8]))
+
+
+def test_truncated_importance_against_its_definition():
+    """The gradient of min(pi_old / pi_rollout, cap) x the clipped surrogate by finite differences; the KL term keeps its own
+    weight, anchors have none, and no gradient goes through the weight, whose pi_old is the same tensor as logp here."""
+    g = torch.Generator().manual_seed(0)
+    n = 40
+    logp, rollout, ref = (-torch.rand(n, generator=g, dtype=torch.float64) * 3 for _ in range(3))
+    a, w = (torch.randn(n, generator=g, dtype=torch.float64) for _ in range(2))
+    anchor = torch.rand(n, generator=g) < 0.2
+    cap = 2.0
+    x = logp.clone().requires_grad_()
+    importance, ratio = truncated_importance(x, rollout, cap)
+    assert not importance.requires_grad and torch.allclose(ratio, (logp - rollout).exp())
+    assert (importance == cap).sum() > 3 and (importance < cap).sum() > 3 and importance.max() == cap
+    loss, *_ = policy_loss(x, x.detach(), a, w, 0.2, 0.2, 0.3, ref, anchor, "logp", importance)
+    got, = torch.autograd.grad(loss, x)
+    for i in range(n):
+        pi, q = math.exp(logp[i]), math.exp(rollout[i])
+        if anchor[i]:
+            want = -a[i]
+        else:  # d/dlogp of -min(g A, clip A) at g = 1 is -A; of k3: 1 - pi_ref / pi
+            want = -a[i] * min(pi / q, cap) + 0.3 * (1 - math.exp(ref[i] - logp[i]))
+        assert got[i].item() == pytest.approx((w[i] * want).item(), rel=1e-9, abs=1e-12)
+    same, *_ = policy_loss(x, x.detach(), a, w, 0.2, 0.2, 0.3, ref, anchor, "logp", torch.ones(n, dtype=torch.float64))
+    assert torch.equal(same, policy_loss(x, x.detach(), a, w, 0.2, 0.2, 0.3, ref, anchor, "logp")[0])

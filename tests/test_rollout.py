@@ -106,6 +106,32 @@ def test_weight_sync(world):
     assert gap(world, stale, 0.8) < 1e-3  # those were sampled before the first push
 
 
+def test_weight_sync_of_an_untied_head(world, tmp_path):
+    """The same with a head of its own, in an engine of its own: only the head is changed, then everything."""
+    tok, rows, prompts, policy = world[1:]
+    config = policy.model.config.to_dict() | dict(tie_word_embeddings=False)
+    untied = type(policy.model)(type(policy.model.config)(**config))
+    untied.load_state_dict(policy.model.state_dict())
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    untied.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    mine = load_policy(str(tmp_path), torch.float32, torch.device("cpu"))
+    engine = rollout.build_engine(str(tmp_path), 160, 0, "float32")
+    other = engine, tok, rows[:3], prompts[:3], mine
+    g = torch.Generator().manual_seed(0)
+    assert gap(other, sample(other, 2), 0.8) < 1e-3
+    with torch.no_grad():
+        for changed in ("lm_head", ""):
+            for name, p in mine.model.named_parameters():
+                if name.startswith(changed) and p.dim() > 1:
+                    p.add_(0.05 * p.std() * torch.randn(p.shape, generator=g))
+            assert gap(other, sample(other, 2), 0.8) > 1e-2
+            rollout.sync_weights(engine, mine.model)
+            assert gap(other, sample(other, 2), 0.8) < 1e-3
+    del engine, other
+    gc.collect()
+
+
 def test_dynamic_sampling_accepts_in_order(world):
     """Streaming, and in rounds, accept the groups that sampling everything first and taking the first mixed ones would; each
     response has its own seed here, so that it is the same however it is scheduled."""

@@ -234,7 +234,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--n=0"], "n: 0"),
         ([f"--ckpt={model_dir}", "--n=4"], "temperature"),
         (["--protocol=grpo"], "nthr, dagrpo"),
-        (["--tensor_parallel=2"], "tensor_parallel: 2"),
+        (["--tp=2"], "tp: 2"),
         (["--seed=-1"], "seed"),
         (["--chkpt=x"], "'ckpt'"),
     ]
