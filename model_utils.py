@@ -250,6 +250,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
     queries meet the keys that lead to it and its own (the causal mask is aligned to the last key). Otherwise SDPA, a tree
     or a few short ones at a time, so that no token pays for all others.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave float32
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         # a prompt's keys serve all responses: gathered in float32, so that their gradients are added up in it
         k, v = (x[0].transpose(0, 1).float().index_select(0, layout.kv_index).to(x.dtype) for x in (key, value))
@@ -611,7 +612,7 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or d // heads
     shards = ranks if parallel == "fsdp" else 1
-    c, stream = compute_bytes, param_bytes  # the residual stream has the parameters' type
+    c, stream = compute_bytes, compute_bytes if parallel == "fsdp" else param_bytes  # autocast keeps the residual stream's type
     # kept for the backward pass, bytes a token of one layer: two norms (their input and result), casts to the compute type
     # for q, k, v, gate and up, three forms of q and k, v and the gathered keys and values, attention's result, four of the MLP
     layer = 4 * d * stream + (5 * d if c != stream else 0) * c + c * head_dim * (4 * heads + 6 * kv_heads) + 4 * c * config.intermediate_size
@@ -624,6 +625,7 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
         "copies": (2 * whole_layer + vocab * d) * (c + param_bytes) if shards > 1 else params * c if c != param_bytes else 0,
         "activations": tokens * of_layers, "head": 2 * head_chunk * vocab * 4 + vocab * d * (4 + 2 * c)}
     held = out["weights"] + out["optimizer"] + (out["reference"] if reference != "offload" else 0)
+    held += out["gradients"] if parallel == "ddp" and ranks > 1 else 0  # DDP's buckets stay
     # an offloaded reference model is here for its own pass, when there are no gradients and activations yet
     peak = sum(out.values()) - (out["reference"] if reference == "offload" else 0)
     return {k: v / 2**30 for k, v in (out | {"held": held, "peak": peak}).items()}

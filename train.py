@@ -231,6 +231,7 @@ if demonstrations is not None:
 if is_rank0():
     open_run(out_dir, start and start_state["step"])
     save_config(config, os.path.join(out_dir, "run_config.json"))
+os.makedirs(out_dir, exist_ok=True)  # another machine's own: its ranks keep a judge's scores there
 dist.barrier()
 compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
 masters = getattr(torch, param_dtype)

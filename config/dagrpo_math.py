@@ -22,6 +22,7 @@ prompts_per_step = 128
 prompts_per_update = 64
 learning_rate = 1e-6
 max_steps = 500
+oversample = 1.5
 tokens_per_micro_batch = 32768
 activation_checkpointing = True
 parallel = "fsdp"

@@ -1,17 +1,21 @@
 # NTHR, Qwen2.5-Math-1.5B on MATH levels 3 to 5, the settings of the paper (arXiv 2505.18830) where it states them:
 #   torchrun --nproc_per_node=4 train.py config/nthr_math.py
+#   ... --variant=grpo, pos_only, random                          the other rows of its Table 2
+#   ... --nthr_beta=-inf, 0, 0.1, 1                               the ablation of beta
+#   ... --nthr_eta=p, 1-p, 0, 0.5                                 the ablation of eta; default 2|0.5-p|
 model = "Qwen/Qwen2.5-Math-1.5B"
 dataset = "math"
 eval_dataset = "math500"
 eval_problems = 500
 out_dir = "out/nthr_math"
-variant = "nthr"              # --variant=grpo, pos_only, random: the other rows
+variant = "nthr"
 nthr_beta = 1.0
 group_size = 8                # not stated
 temperature = 1.0
 max_response_tokens = 3072    # the model's context of 4096 less a prompt
 prompts_per_step = 256
 prompts_per_update = 64
+oversample = 1.5              # engines stay full while the last groups are awaited
 learning_rate = 1e-6
 kl_coef = 1e-4
 max_steps = 40

@@ -1,9 +1,11 @@
-"""What NTHR costs: make bench, or python tests/bench.py --part=head --tokens='(512, 1024)'. Prints tables; asserts nothing.
+"""What NTHR costs, and what shared prompts save: make bench, or python tests/bench.py --part=head --tokens='(512, 1024)'. Prints tables; asserts nothing.
 
 Part "step": one trainer step (forward and backward, no rollout) of the quickstart model by variant, in one process, the
 variants in turn. Part "head": a Qwen2.5-1.5B-shaped head (V 151,936, d 1,536, random weights) by number of tokens: its
 forward and backward pass, what influence adds in "response" and "full", and the straightforward form that holds tokens x
 V prediction errors; and the share of a whole step, with the body's time taken from one layer of that shape, times 28.
+Part "prompts": the same step with each group's prompt (and what all prompts begin with) computed once, and with every
+response's prompt computed again, for few-shot prompts with short answers and for short prompts with long ones.
 Memory is the peak above what was there before: torch's allocator on CUDA, resident memory sampled every 2 ms on a CPU.
 """
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import configure
 
-part = "both"                 # "step", "head" or "both"
+part = "all"                  # "step", "head", "prompts" or "all"
 model = "models/SmolLM2-135M-Instruct"
 groups = 12                   # groups in the step, as large as the quickstart's
 group_size = 4
@@ -91,12 +93,39 @@ def naive(h, targets, head, source):
     return ((u @ u[source].T) * (h @ h[source].T)).sum(1)
 
 
-def step():
+def make_groups(groups, size, common, own, response):
+    """Groups of random tokens: prompts of `common` tokens, the same for all, and `own`; responses of `response` tokens."""
     rng = np.random.default_rng(0)
-    head_of = rng.integers(3, 49152, prompt_tokens - 12)
-    batch_groups = [dict(prompt=np.concatenate([head_of, rng.integers(3, 49152, 12)]).astype(np.int32),
-                         responses=[rng.integers(3, 49152, response_tokens).astype(np.int32) for _ in range(group_size)])
-                    for _ in range(groups)]
+    head_of = rng.integers(3, 49152, common)
+    return [dict(prompt=np.concatenate([head_of, rng.integers(3, 49152, own)]).astype(np.int32),
+                 responses=[rng.integers(3, 49152, response).astype(np.int32) for _ in range(size)]) for _ in range(groups)]
+
+
+def prompts():
+    policy = model_utils.load_policy(model, dtype, device)
+    print(f"\nprompts computed once or with every response, {model}, forward and backward pass, {dtype}, {device}")
+    print(f"{'groups':>6} {'responses':>9} {'prompt':>6} {'response':>8} | {'packed tokens':>15} | {'seconds':>13} | {'gain':>5}")
+    for shape in ((groups, group_size, prompt_tokens - 12, 12, response_tokens), (1, 8, 0, 100, 200), (1, 8, 0, 100, 400)):
+        made = make_groups(*shape)
+
+        def packed(share):
+            plan = model_utils.plan_micro_batches(made, 4096, share)
+            return model_utils.pack_all(made, plan, device, share_prompts=share)
+
+        def run(batches):
+            policy.zero_grad(set_to_none=True)
+            for batch in batches:
+                policy(batch, 1.0)[0].mean().backward()
+
+        both = [packed(True), packed(False)]
+        (once, _), (again, _) = measure(*(lambda b=b: run(b) for b in both))
+        sizes = "{:>6} / {:>6}".format(*(sum(b.input_ids.numel() for b in batches) for batches in both))
+        print(f"{shape[0]:6d} {shape[1]:9d} {shape[2] + shape[3]:6d} {shape[4]:8d} | {sizes} | {once:5.2f} / {again:5.2f} | "
+              f"{again / once:4.1f}x", flush=True)
+
+
+def step():
+    batch_groups = make_groups(groups, group_size, prompt_tokens - 12, 12, response_tokens)
     policy = model_utils.load_policy(model, dtype, device)
     weight = policy.model.get_output_embeddings().weight
     plan = model_utils.plan_micro_batches(batch_groups, 10**9)
@@ -165,7 +194,6 @@ def head():
     print("time ~ tokens^x: " + ", ".join(f"{k} {x:.2f}" for k, x in zip(("head", "response", "full", "naive"), slopes)))
 
 
-if part in ("step", "both"):
-    step()
-if part in ("head", "both"):
-    head()
+for name, function in (("step", step), ("prompts", prompts), ("head", head)):
+    if part in (name, "all"):
+        function()

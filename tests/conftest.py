@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,13 +30,27 @@ def model_dir():
 
 @pytest.fixture(scope="session")
 def run():
-    """run("train.py", "--x=1", ranks=2): the script as a user starts it, from the repository's root."""
-    def run(script, *args, ranks=0, check=True, **env):
+    """run("train.py", "--x=1", ranks=2): the script as a user starts it, from the repository's root. nodes: lists of further
+    flags, one a machine: a launcher with a rank for each, joined over the loopback; what the first one printed comes back."""
+    def run(script, *args, ranks=0, check=True, nodes=(), **env):
         launcher = [sys.executable]
         if ranks:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS",
                                                                   "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")}
+        if nodes:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+        others = [subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--node_rank={i}", "--nproc_per_node=1",
+             "--master_addr=127.0.0.1", f"--master_port={port}", script, *map(str, args), *map(str, own)],
+            cwd=ROOT, env=clean | env | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for i, own in enumerate(nodes)]
+        if nodes:
+            outputs = [p.communicate()[0] for p in others]
+            assert all(p.returncode == 0 for p in others), "".join(out[-4000:] for out in outputs)
+            return outputs
         done = subprocess.run(launcher + [script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
                               env=clean | env)
         if check:

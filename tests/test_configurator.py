@@ -107,6 +107,16 @@ def test_every_config_is_one_its_script_takes(run, config):
     assert done.returncode == 2 and done.stderr.startswith("error: dataset: 'nowhere' is neither"), done.stderr
 
 
+def test_configs_hold_what_the_papers_state():
+    """tests/configs.py, the README's table: hyperparameters, and that each run fits the GPUs it is meant for."""
+    import configs
+    for name, wrong, memory, cards, _ in configs.check():
+        assert not wrong, (name, wrong)
+        assert cards["80 GB"] and memory["held"] < memory["peak"]
+    assert {f"{name}.py" for name in configs.PAPER} == {p.name for p in (ROOT / "config").glob("*.py")
+                                                        if "quickstart" not in p.name and not p.name.startswith("lld")}
+
+
 def test_a_setting_that_is_empty_by_default_takes_all_words_up_to_the_next_flag():
     script = dict(files=(), n=1)
     assert configure(script, ["--files", "a.jsonl", "b.jsonl", "--n", "2"]) == dict(files=("a.jsonl", "b.jsonl"), n=2)

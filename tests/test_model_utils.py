@@ -223,12 +223,18 @@ def test_compiled_layers_and_checkpointing_give_the_same_gradient(policy, model_
     assert (grads[1] - grads[0]).norm() < 1e-4 * grads[0].norm()
 
 
-def test_parameters_in_bfloat16(policy, model_dir, text_groups):
+def test_parameters_and_products_in_bfloat16(policy, model_dir, text_groups, monkeypatch):
     low = load_policy(model_dir, torch.bfloat16, CPU, param_dtype=torch.bfloat16)
     batch, = pack_all(text_groups, plan_micro_batches(text_groups, 10_000))
     logp, _ = low(batch, 1.0)
     want, _ = policy(batch, 1.0)
     assert logp.dtype == torch.float32 and 1e-6 < (logp - want).abs().mean() < 0.1
+    seen = []  # under autocast too, attention is computed in bfloat16, not in the rotary embeddings' float32
+    with monkeypatch.context() as m:
+        m.setattr(model_utils.F, "scaled_dot_product_attention",
+                  lambda q, k, v, sdpa=model_utils.F.scaled_dot_product_attention, **kw: (seen.extend(x.dtype for x in (q, k, v)), sdpa(q, k, v, **kw))[1])
+        autocast, _ = Policy(policy.model, torch.bfloat16)(batch, 1.0)
+    assert set(seen) == {torch.bfloat16} and 1e-6 < (autocast - want).abs().mean() < 0.1
     optimizer = make_optimizer(low, "adamw", 1e-2, (0.9, 0.999), 0.0)
     logp.mean().backward()
     before = logp.mean().item()

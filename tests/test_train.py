@@ -111,17 +111,25 @@ def test_resume_gives_the_same_metrics(whole, run):
 
 
 def test_two_ranks(run, tmp_path):
-    """One engine a rank; DDP's checkpoint is resumed by FSDP2, as another variant with anchors, which writes one too."""
-    args = ("train.py", *SMALL, f"--out_dir={tmp_path}", "--eval_every=0", "--variant=nthr")
-    run(*args, "--max_steps=1", "--kl_coef=0.01", "--parallel=ddp", ranks=2)
-    run(*args, "--max_steps=2", "--parallel=fsdp", "--resume", "--variant=dagrpo", "--dataset=sums", "--anchors=1",
-        "--max_response_tokens=48", "--samples_per_step=99", ranks=2)
-    steps = [r for r in rows(tmp_path / "metrics.jsonl") if "train/loss" in r]
-    assert [r["step"] for r in steps] == [1, 2] and all(r["gap/max"] < 1e-2 for r in steps)
+    """One engine a rank. DDP on two machines (two launchers) that share no folder; its checkpoint is resumed by FSDP2 on one,
+    as another variant with anchors, which writes one too. The reference model is sharded, then offloaded."""
+    far = tmp_path / "far"
+    args = ("train.py", *SMALL, "--eval_every=0", "--variant=nthr", "--kl_coef=0.01")
+    near = tmp_path / "near"
+    run(*args, "--max_steps=1", "--parallel=ddp", "--reference=shard", "--tis_cap=2", nodes=([f"--out_dir={near}"], [f"--out_dir={far}"]))
+    assert sorted(p.name for p in far.iterdir()) == []  # the first machine's rank 0 writes
+    run(*args, f"--out_dir={near}", "--max_steps=2", "--parallel=fsdp", "--resume", "--variant=dagrpo", "--dataset=sums", "--anchors=1",
+        "--reference=offload", "--old_logp=rollout", "--max_response_tokens=48", "--samples_per_step=99", ranks=2)
+    steps = [r for r in rows(near / "metrics.jsonl") if "train/loss" in r]
+    assert [r["step"] for r in steps] == [1, 2] and all(0 < r["gap/max"] < 1e-2 for r in steps)
+    assert all(abs(r["gap/ratio"] - 1) < 1e-3 and 1 <= r["gap/ratio_max"] < 1.01 for r in steps)
+    assert steps[0]["gap/ratio_cut"] == 0 and "gap/ratio_cut" not in steps[1]
+    assert [r["train/updates"] for r in steps] == [2, 2] and all(r["train/kl"] > 0 for r in steps)
+    assert "displacement/mean" not in steps[1]  # it would need the trainer's own pi_old
     assert steps[1]["train/grad_norm"] > 0 and steps[1]["anchor/groups"] == steps[1]["rollout/groups_kept"] > 0
     # every response has the score that is its own, whichever rank judged it
     import judge
-    mine = [r for r in rows(tmp_path / "samples.jsonl") if r["step"] == 2]
+    mine = [r for r in rows(near / "samples.jsonl") if r["step"] == 2]
     solution = next(r["response"] for r in mine if r["anchor"])
     for r in (r for r in mine if r["problem"] == next(m["problem"] for m in mine)):
         group = dict(problem=r["problem"], answer=r["answer"], solution=solution)
@@ -129,7 +137,7 @@ def test_two_ranks(run, tmp_path):
     # nothing of the wrapping is in the names
     from safetensors import safe_open
     for step in (1, 2):
-        with safe_open(tmp_path / f"step_00000{step}" / "model.safetensors", "pt") as f:
+        with safe_open(near / f"step_00000{step}" / "model.safetensors", "pt") as f:
             assert "model.layers.0.mlp.up_proj.weight" in f.keys()
 
 
@@ -209,6 +217,14 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--anchors=1", f"--demos={write(tmp_path / 'no.jsonl', good)}"], "no.jsonl, line 1: 'solution' is missing"),
         (["--anchors=1", f"--demos={write(tmp_path / 'wrong.jsonl', json.dumps({'problem': '10 + 10', 'solution': 'y'}))}"],
          "demos: all 1 demonstrations are wrong"),
+        (["--tp=2"], "tp: 2 does not divide the 1 ranks"),
+        (["--tis_cap=2", "--old_logp=rollout"], "tis_cap: 2.0 has nothing to correct"),
+        (["--old_logp=vllm"], "trainer, rollout"),
+        (["--reference=cpu"], "resident, offload, shard"),
+        (["--param_dtype=float16"], "param_dtype"),
+        (["--gpu_memory_utilization=2"], "gpu_memory_utilization"),
+        (["--compile"], "compile: needs CUDA"),
+        (["--profile", "--max_steps=2"], "profile: traces the second and third step"),
         (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
     ]
