@@ -21,13 +21,13 @@ import numpy as np
 
 from configurator import configure, die, is_rank0, print0, save_config, write_whole
 from grader import vote
-from rollout import (STYLES, build_engine, check_lengths, encode_prompts, generate_all_ranks, load_problems, load_tokenizer,
-                     load_weights, write_jsonl)  # before torch: it sets its threads
+from rollout import build_engine, generate_all_ranks, load_weights, write_jsonl  # before torch: it sets its threads
+from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
 
 ckpt = "out/quickstart"       # a run's folder, a folder of runs, a step_* folder, any Hugging Face folder, or a hub id;
                               # several, of one kind of model, separated by commas
 protocol = None               # "nthr" or "dagrpo": the paper's sets, samples and temperature, see PROTOCOLS
-data = None                   # sets, separated by commas: names (rollout.SETS) and JSON Lines files; None: the protocol's,
+data = None                   # sets, separated by commas: names (data.SETS) and JSON Lines files; None: the protocol's,
                               # else the held-out problems of the run, else arithmetic
 data_dir = None               # folder of JSON Lines files, where names are looked for before the Hugging Face hub
 n = None                      # responses a problem; None: the protocol's, else 1
@@ -368,7 +368,7 @@ def plot_steps(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from model_utils import save_figure
+    from runs import save_figure
 
     lines = {}
     for r in results:

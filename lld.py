@@ -16,12 +16,12 @@ import math
 import os
 
 from configurator import configure, die, is_rank0, print0, save_config, write_whole
-from rollout import (build_engine, check_lengths, encode_prompts, load_problems, load_tokenizer, sample_batch, sleep_engine,
-                     write_jsonl)  # before torch: it sets its threads
+from rollout import build_engine, sample_batch, sleep_engine, write_jsonl  # before torch: it sets its threads
+from data import check_lengths, encode_prompts, load_problems, load_tokenizer
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
-dataset = "arithmetic"        # a set's name (rollout.SETS) or a JSON Lines file with `problem` and `answer`
+dataset = "arithmetic"        # a set's name (data.SETS) or a JSON Lines file with `problem` and `answer`
 split = "train"               # of a name: "train" or "test"
 data_dir = None               # folder of JSON Lines files, where names are looked for before the Hugging Face hub
 system_prompt = None          # str; None: the data set's own
@@ -96,8 +96,8 @@ from tqdm import tqdm
 from advantages import (group_advantages, gwhes, influence, nthr_select, policy_loss, random_like, token_advantages,
                         token_weights)
 from eval import bootstrap
-from model_utils import (load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, save_figure,
-                         setup_distributed)
+from model_utils import load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, setup_distributed
+from runs import save_figure
 
 device = setup_distributed()
 rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from configurator import is_rank0, print0, save_config, write_whole
+from configurator import is_rank0, print0, save_config
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -502,102 +502,7 @@ def convert_gguf(package, file, out_dir):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a run's folder, its picture, and what its GPU could do
-
-def open_run(out_dir, resumed_step=None):
-    """Make the run folder. Files of an earlier run are moved to out_dir/old_N/; on a resume, rows that the resumed run
-    will write again leave metrics.jsonl and samples.jsonl, the files as they were are kept in old_N/ too. Rank 0."""
-    ours = ("metrics.jsonl", "samples.jsonl", "judge_*.jsonl", "curves.png", "run_config.json", "tensorboard", "step_" + "[0-9]" * 6)
-    there = [p for name in ours for p in glob.glob(os.path.join(glob.escape(out_dir), name))]
-    old = next(p for i in range(1, 10**6) if not os.path.exists(p := os.path.join(out_dir, f"old_{i}")))
-    if resumed_step is None and there:
-        os.makedirs(old)
-        for path in there:
-            os.rename(path, os.path.join(old, os.path.basename(path)))
-        print0(f"{out_dir} held a run; it is now in {old}")
-    os.makedirs(out_dir, exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        path = os.path.join(out_dir, name)
-        if resumed_step is None or not os.path.exists(path):
-            continue
-        kept, dropped = [], 0
-        with open(path) as f:
-            for line in f:
-                try:
-                    row = json.loads(line)
-                    stays = row["step"] < resumed_step or row["step"] == resumed_step and "eval/accuracy" not in row
-                except ValueError:  # cut off in the middle of a line
-                    stays = False
-                kept += [line] if stays else []
-                dropped += not stays
-        if dropped:
-            os.makedirs(old, exist_ok=True)
-            shutil.copy(path, old)
-            write_whole(path, "".join(kept))
-
-
-def read_metrics(out_dir):
-    """Rows of a run's metrics.jsonl."""
-    with open(os.path.join(out_dir, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
-
-
-def plot_curves(out_dir):
-    """Draw a run's metrics.jsonl as curves.png: accuracy, length, entropy, gradient norm, seconds; for DaGRPO its masks,
-    margins and anchors too."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(out_dir)
-    panels = [
-        ("accuracy", [("eval/accuracy", "greedy, held out"), ("reward/accuracy", "sampled, training prompts"),
-                      ("rollout/truncated", "truncated")]),
-        ("tokens a response", [("rollout/mean_length", "length")]),
-        ("entropy, nats a token", [("train/entropy", "entropy")]),
-        ("gradient norm; clipped share", [("train/grad_norm", "gradient norm"), ("train/clip_fraction", "clipped")]),
-        ("seconds a step", [(f"time/{p}", p) for p in ("step", "rollout", "judge", "old_logp", "ref_logp", "update", "sync")]),
-        ("masks: share that stays; of groups", [
-            ("dagrpo/lambda_pos", "lambda+"), ("dagrpo/lambda_neg", "lambda-"), ("dagrpo/fully_masked", "groups masked whole"),
-            ("anchor/hard", "groups without a correct rollout")]),
-        ("margins, points (10, 50, 90%)", [(f"dagrpo/margin_p{q}", f"{q}%") for q in (10, 50, 90)]),
-        ("anchors: nats a token", [("anchor/logp", "log-likelihood")]),
-    ]
-    panels = [p for p in panels if any(key in r for r in rows for key, _ in p[1])]
-    fig, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(11, 3.5 * -(-len(panels) // 2)), constrained_layout=True)
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
-    for ax, (title, lines) in zip(axes.flat, panels):
-        for key, label in lines:
-            points = [(r["step"], r[key]) for r in rows if key in r]
-            if points:
-                ax.plot(*zip(*points), marker="o" if key.startswith("eval/") else None, label=label)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    save_figure(fig, os.path.join(out_dir, "curves.png"))
-
-
-def save_figure(fig, path):
-    """Write a matplotlib figure as PNG, whole or not at all, and forget it."""
-    import matplotlib.pyplot as plt
-
-    fig.savefig(path + ".tmp.png", dpi=110)
-    plt.close(fig)
-    os.replace(path + ".tmp.png", path)
-
-
-def write_profile(profiler, out_dir):
-    """Stop a torch profiler; write its trace (chrome://tracing, Perfetto) and print and write the ten operations that took
-    most time themselves, on the GPU if there is one."""
-    profiler.stop()
-    profiler.export_chrome_trace(os.path.join(out_dir, "trace.json.gz"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=10, max_name_column_width=60)
-    write_whole(os.path.join(out_dir, "profile.txt"), table)
-    print0(table)
-
+# what it takes of a GPU, and what it gets out of it
 
 def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_bytes=2, reference=None, tokens=8192,
                     activation_checkpointing=False, head_chunk=512):

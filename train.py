@@ -20,7 +20,7 @@ from configurator import configure, die, is_rank0, print0, save_config
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
-dataset = "arithmetic"        # a set's name (rollout.SETS) or a JSON Lines file with `problem` and `answer`
+dataset = "arithmetic"        # a set's name (data.SETS) or a JSON Lines file with `problem` and `answer`
 eval_dataset = None           # the same for evaluation; None: the set's own test split, or none if it has none
 data_dir = None               # folder of JSON Lines files, where names are looked for before the Hugging Face hub
 eval_problems = 128           # problems an evaluation uses at most, the first ones
@@ -102,9 +102,9 @@ config = configure(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 # refuse bad input before anything large is loaded
 
-from rollout import (accuracy, build_engine, check_lengths, drop_evaluated, encode_prompts, end_token, generate_all_ranks,
-                     load_demos, load_problems, load_tokenizer, sample_batch, sleep_engine, splits, sync_weights,
-                     verify_demos)  # before torch: it sets its threads
+from rollout import accuracy, build_engine, generate_all_ranks, sample_batch, sleep_engine, sync_weights  # before torch
+from data import (check_lengths, drop_evaluated, encode_prompts, end_token, load_demos, load_problems, load_tokenizer, splits,
+                  verify_demos)
 from judge import ask_engine, ask_server, judge_all_ranks, judge_prompt, open_server, read_cache
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -190,8 +190,9 @@ from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advan
                         nthr_eta as eta_of, nthr_select, policy_loss, random_like, sum_by, token_advantages, token_weights,
                         truncated_importance)
 from model_utils import (balance, estimate_memory, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu,
-                         newest_checkpoint, open_run, optimizer_step, pack_all, parallelize, plan_micro_batches, plot_curves,
-                         prefetch, save_checkpoint, setup_distributed, splits_groups, write_profile)
+                         newest_checkpoint, optimizer_step, pack_all, parallelize, plan_micro_batches, prefetch,
+                         save_checkpoint, setup_distributed, splits_groups)
+from runs import open_run, plot_curves, write_profile
 
 start, start_state = None, dict(step=0, position=0)
 if resume:
@@ -366,7 +367,7 @@ while True:
 
     # rollout: every rank samples its share and then holds all groups of the step
     torch.manual_seed(hash((seed, step, rank // tp)) % 2**63)  # of vLLM's sampling: a resumed run draws the same
-    groups, sampled, position, in_vain = sample_batch(
+    groups, sampled, position, wasted = sample_batch(
         engine, tokenizer, train_problems, prompts, position, seed, prompts_per_step=prompts_per_step,
         oversample=oversample, max_prompts=max_rounds * prompts_per_step, keep_all=not dynamic_sampling, n=group_size,
         streaming=streaming, tensor_parallel=tp,
@@ -514,7 +515,7 @@ while True:
     row = {
         "step": step, "reward/mean": accuracy(groups) if groups else 0.0, "reward/accuracy": accuracy(sampled),
         "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
-        "rollout/response_tokens": n, "rollout/tokens_in_vain": in_vain,
+        "rollout/response_tokens": n, "rollout/tokens_wasted": wasted,
         "rollout/tokens_dropped": sum(responses) - n, "rollout/mean_length": float(np.mean(responses)),
         "rollout/truncated": float(np.mean([cut for g in sampled for cut in g["truncated"][~g["anchor"]]])),
         "train/loss": loss / max(len(updates), 1), "train/entropy": entropy / tokens,
@@ -523,7 +524,7 @@ while True:
         "train/lr": lr, "train/updates": len(updates),
         "gap/mean": gap / compared, "gap/max": highest[0].item(), "gap/ratio": ratio / compared,
         "gap/ratio_max": highest[1].item(), **seconds,
-        "perf/rollout_tok_s": (sum(responses) + in_vain) / seconds["time/rollout"],
+        "perf/rollout_tok_s": (sum(responses) + wasted) / seconds["time/rollout"],
         "perf/train_tok_s": packed / seconds["time/update"],
         "perf/peak_memory_gib": (torch.cuda.max_memory_allocated() if on_cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
@@ -580,7 +581,7 @@ while True:
                    f"tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
                    f"{row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad {row['train/grad_norm']:.2f}, clip "
                    f"{row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap {row['gap/mean']:.1e}/"
-                   f"{row['gap/max']:.1e}, in vain {in_vain},{extra} s: {phases}")
+                   f"{row['gap/max']:.1e}, wasted {wasted},{extra} s: {phases}")
         bar.set_postfix_str(f"accuracy {row['reward/accuracy']:.2f}, {seconds['time/step']:.1f} s/step")
     bar.update()
 

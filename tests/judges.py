@@ -20,6 +20,7 @@ seed = 0
 configure(globals())
 
 import rollout  # before torch
+import data
 import numpy as np
 import torch
 
@@ -49,7 +50,7 @@ for delta in (1.0, 3.0, 5.0):
     print(f"| {delta:g} | {kept[advantages > 0].mean():.2f} | {kept[advantages < 0].mean():.2f} | {whole.double().mean():.2f} |")
 
 setup_distributed()
-tokenizer, _ = rollout.load_tokenizer(model)
+tokenizer, _ = data.load_tokenizer(model)
 engine = rollout.build_engine(model, 1500, seed, "float32")
 asked = [g for g in groups if g[-1]["anchor"]][:groups_asked]
 asked = [dict(problem=g[0]["problem"], answer=g[0]["answer"], solution=g[-1]["response"], texts=[r["response"] for r in g],

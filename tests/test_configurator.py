@@ -87,11 +87,14 @@ def test_refusals(tmp_path, capsys):
 
 def test_only_rank_0_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     conf("--steps=3")
     with pytest.raises(SystemExit):
         conf("--stepz=3")
     out, err = capsys.readouterr()
     assert out == err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine: what is wrong may be wrong there alone
+    assert "'stepz'" in refused(capsys, "--stepz=3")
 
 
 def test_help(capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import rollout
+import data
 from grader import vote
 
 evaluation = importlib.import_module("eval")
@@ -157,9 +157,9 @@ def test_rows_of_the_hub(name, monkeypatch):
     row, problem, answer = HUB[name]
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or datasets.Dataset.from_list([row]))
-    got, = rollout.load_problems(name, "test")
+    got, = data.load_problems(name, "test")
     assert (got["problem"], got["answer"]) == (problem, answer)
-    assert asked == [((rollout.SETS[name]["test"][1:3]), dict(split=rollout.SETS[name]["test"][3]))]
+    assert asked == [((data.SETS[name]["test"][1:3]), dict(split=data.SETS[name]["test"][3]))]
     assert bool(got.get("n_choices")) == (name in ("arc_c", "mmlu_pro"))
 
 
@@ -167,32 +167,32 @@ def test_rows_of_the_hub_for_training_and_gpqa(monkeypatch):
     import datasets
     rows = [dict(problem="A", answer="1", solution="s", level=level) for level in ("Level 2", "Level 5")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
-    assert rollout.load_problems("math", "train") == [dict(problem="A", answer="1", solution="s")]
-    assert rollout.load_problems("deepscaler", "train") == 2 * [dict(problem="A", answer="1", solution="s")]
+    assert data.load_problems("math", "train") == [dict(problem="A", answer="1", solution="s")]
+    assert data.load_problems("deepscaler", "train") == 2 * [dict(problem="A", answer="1", solution="s")]
     rows = [dict(prompt=[dict(role="system", content="S"), dict(role="user", content="P")],
                  target=[dict(role="assistant", content="T")], reward_model=dict(ground_truth="5", style="rule"))]
-    assert rollout.load_problems("openr1-math-46k-8192", "train") == [dict(problem="P", answer="5", solution="T")]
+    assert data.load_problems("openr1-math-46k-8192", "train") == [dict(problem="P", answer="5", solution="T")]
     rows = [{"Question": f"Q{i}", "Correct Answer": "right\n", **{f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)}}
             for i in range(50)]
-    got = rollout.load_problems("gpqa_diamond", "test")
-    assert got == rollout.load_problems("gpqa_diamond", "test") and {r["answer"] for r in got} == set("ABCD")
+    got = data.load_problems("gpqa_diamond", "test")
+    assert got == data.load_problems("gpqa_diamond", "test") and {r["answer"] for r in got} == set("ABCD")
     for row in got:
         assert f"{row['answer']}) right" in row["problem"] and row["problem"].count(")") == 4
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the problem sets in ../shared/data")
 def test_sets_of_a_folder():
-    sizes = {name: len(rollout.load_problems(name, split, data_dir=str(DATA))) for name, split in (
+    sizes = {name: len(data.load_problems(name, split, data_dir=str(DATA))) for name, split in (
         ("aime24", "test"), ("aime25", "test"), ("amc23", "test"), ("amc83", "test"), ("math500", "test"),
         ("minerva_math", "test"), ("olympiadbench", "test"), ("gsm8k", "train"), ("math", "train"), ("arc_c", "test"))}
     assert sizes == dict(aime24=30, aime25=30, amc23=40, amc83=83, math500=500, minerva_math=272, olympiadbench=675,
                          gsm8k=7473, math=8886, arc_c=1172)
-    train = rollout.load_problems(str(DATA / "aime_1983_2023.jsonl"), "train")
-    kept, dropped = rollout.drop_evaluated(train, "aime_1983_2023.jsonl", str(DATA), [])
+    train = data.load_problems(str(DATA / "aime_1983_2023.jsonl"), "train")
+    kept, dropped = data.drop_evaluated(train, "aime_1983_2023.jsonl", str(DATA), [])
     assert dropped == 4 == len(train) - len(kept)  # the four that are in MATH-500
 
 
 def test_training_problems_that_are_evaluated_are_dropped():
     rows = [dict(problem=p, answer="1") for p in ("Find  $x$.", "find $y$", "Find $z$")]
-    kept, dropped = rollout.drop_evaluated(rows, "mine.jsonl", None, [dict(problem="Find $X$."), dict(problem="Find\n$y$")])
+    kept, dropped = data.drop_evaluated(rows, "mine.jsonl", None, [dict(problem="Find $X$."), dict(problem="Find\n$y$")])
     assert kept == rows[2:] and dropped == 2

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import judge
+import data
 import rollout
 from advantages import dagrpo_masks, group_advantages, policy_loss, token_advantages, token_weights
 from model_utils import load_policy, pack_all, plan_micro_batches
@@ -100,11 +101,11 @@ def test_a_response_cannot_leave_its_place_in_the_prompt():
 
 def test_an_anchor_is_what_the_template_writes(model_dir):
     tok = AutoTokenizer.from_pretrained(model_dir)
-    end = rollout.end_token(tok, model_dir)
-    row = rollout.load_problems("sums", "train")[0]
-    prompt = rollout.encode_prompts(tok, [row], "sums")[0]
-    ids = rollout.encode_anchor(tok, prompt, row["solution"], end)
-    style = rollout.STYLES["sums"]
+    end = data.end_token(tok, model_dir)
+    row = data.load_problems("sums", "train")[0]
+    prompt = data.encode_prompts(tok, [row], "sums")[0]
+    ids = data.encode_anchor(tok, prompt, row["solution"], end)
+    style = data.STYLES["sums"]
     chat = [{"role": "system", "content": style["system_prompt"]}]
     for q, a in style["few_shot"] + ((row["problem"], row["solution"]),):
         chat += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
@@ -112,9 +113,9 @@ def test_an_anchor_is_what_the_template_writes(model_dir):
     assert whole[:len(prompt) + len(ids)] == [*prompt, *ids] and ids[-1] == tok.eos_token_id == end
     # a template that opens the reasoning itself
     open_think = np.concatenate([prompt, tok("<think>\n")["input_ids"]])
-    assert rollout.encode_anchor(tok, open_think, "<think>\n1 + 1</think> 2", end).tolist() == tok("1 + 1</think> 2")["input_ids"] + [end]
+    assert data.encode_anchor(tok, open_think, "<think>\n1 + 1</think> 2", end).tolist() == tok("1 + 1</think> 2")["input_ids"] + [end]
     tok.chat_template = None
-    assert rollout.encode_anchor(tok, prompt, "1 + 1", end).tolist() == tok(" 1 + 1")["input_ids"] + [end]
+    assert data.encode_anchor(tok, prompt, "1 + 1", end).tolist() == tok(" 1 + 1")["input_ids"] + [end]
 
 
 def test_demonstrations_of_a_file_and_of_a_set(tmp_path, capsys):
@@ -122,11 +123,11 @@ def test_demonstrations_of_a_file_and_of_a_set(tmp_path, capsys):
     path = tmp_path / "demos.jsonl"
     path.write_text("".join(json.dumps({"problem": p, "solution": s}) + "\n" for p, s in
                             (("1+1", "a"), (" 1 + 1", "b"), ("3 + 3", "c"), ("7 + 7", "d"))))
-    assert rollout.load_demos(rows, "x", str(path)) == [[], ["a", "b"], [], ["c"]]
-    assert rollout.load_demos([r | {"solution": "s"} for r in rows[:2]] + [rows[2]], "x") == [["s"], ["s"], []]
-    for make, words in ((lambda: rollout.load_demos(rows, "x"), "dataset x have no 'solution'"),
-                        (lambda: rollout.load_demos(rows[:1], "x", str(path)), "none of its 4 demonstrations is of a problem"),
-                        (lambda: rollout.load_demos(rows, "x", str(tmp_path / "none.jsonl")), "none.jsonl is not a file")):
+    assert data.load_demos(rows, "x", str(path)) == [[], ["a", "b"], [], ["c"]]
+    assert data.load_demos([r | {"solution": "s"} for r in rows[:2]] + [rows[2]], "x") == [["s"], ["s"], []]
+    for make, words in ((lambda: data.load_demos(rows, "x"), "dataset x have no 'solution'"),
+                        (lambda: data.load_demos(rows[:1], "x", str(path)), "none of its 4 demonstrations is of a problem"),
+                        (lambda: data.load_demos(rows, "x", str(tmp_path / "none.jsonl")), "none.jsonl is not a file")):
         with pytest.raises(SystemExit) as e:
             make()
         assert e.value.code == 2 and words in capsys.readouterr().err
@@ -134,13 +135,13 @@ def test_demonstrations_of_a_file_and_of_a_set(tmp_path, capsys):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the problem sets in ../shared/data")
 def test_human_solutions_are_right():
-    rows = rollout.load_problems(str(DATA / "math_train_demos.jsonl"), "train")
-    demos = rollout.load_demos(rows, "x")
+    rows = data.load_problems(str(DATA / "math_train_demos.jsonl"), "train")
+    demos = data.load_demos(rows, "x")
     verdicts = rollout.grade_all([(d, row) for (d,), row in zip(demos, rows)])
     wrong = [d for (d,), right in zip(demos, verdicts) if not right]
     assert len(rows) == 7498 and len(wrong) == 2 and all("\\boxed " in d for d in wrong)  # without braces
-    train = rollout.load_problems("math", "train", data_dir=str(DATA))
-    demos = rollout.load_demos(train, "math", str(DATA / "math_train_demos.jsonl"))
+    train = data.load_problems("math", "train", data_dir=str(DATA))
+    demos = data.load_demos(train, "math", str(DATA / "math_train_demos.jsonl"))
     assert sum(map(bool, demos)) > 5000
 
 
@@ -149,7 +150,7 @@ def test_with_anchor():
                          anchor=np.zeros(5, dtype=bool))
     ids = np.array([7, 8, 9], dtype=np.int32)
     for replace in (False, True):
-        g = rollout.with_anchor(group, ids, replace)
+        g = data.with_anchor(group, ids, replace)
         n = 5 if replace else 6
         assert [len(g[k]) for k in ("responses", "logprobs", "texts", "rewards", "truncated", "anchor")] == [n] * 6
         assert g["responses"][-1] is ids and g["texts"][-1] == GROUP["solution"] and g["rewards"][-1] == 1
@@ -161,14 +162,14 @@ def test_with_anchor():
 def test_the_gradient_of_a_group_with_an_anchor_on_the_real_model(model_dir):
     """Packed forward, union advantages, masks and the loss of both kinds of tokens, against plain transformers."""
     tok = AutoTokenizer.from_pretrained(model_dir)
-    row = rollout.load_problems("sums", "train")[0]
-    prompt = rollout.encode_prompts(tok, [row], "sums")[0]
-    encode = lambda text: rollout.encode_anchor(tok, prompt, text, tok.eos_token_id)
+    row = data.load_problems("sums", "train")[0]
+    prompt = data.encode_prompts(tok, [row], "sums")[0]
+    encode = lambda text: data.encode_anchor(tok, prompt, text, tok.eos_token_id)
     texts = ["1 + 1 = 3 \\boxed{3}", row["solution"], "I do not know."]
     group = dict(problem=row["problem"], answer=row["answer"], solution=row["solution"], prompt=prompt, texts=texts,
                  responses=[encode(t) for t in texts], logprobs=[np.zeros(len(encode(t)), "f4") for t in texts],
                  truncated=np.zeros(3, bool), rewards=np.array([0, 1, 0], "f4"), anchor=np.zeros(3, bool))
-    group = rollout.with_anchor(group, encode(row["solution"]), replace=True)  # in place of "I do not know."
+    group = data.with_anchor(group, encode(row["solution"]), replace=True)  # in place of "I do not know."
     (scores,), _ = judge.judge_groups([group], "rubric")
     rewards, number = torch.from_numpy(group["rewards"]), torch.zeros(3, dtype=torch.int64)
     a = group_advantages(rewards, number, "mean")

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_utils
 from model_utils import (HeadLogprob, Policy, balance, check_checkpoint, checkpoints, common_prefix, estimate_memory, load_policy,
-                         make_optimizer, newest_checkpoint, open_run, optimizer_step, pack, pack_all, packed_attention,
+                         make_optimizer, newest_checkpoint, optimizer_step, pack, pack_all, packed_attention,
                          plan_micro_batches, prefetch, splits_groups)
+from runs import open_run
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import data
 import rollout
 from model_utils import load_policy, pack_all, plan_micro_batches, setup_distributed
 
 
 def test_arithmetic_is_right_and_held_out_problems_are_unseen():
-    train, test = rollout.load_problems("arithmetic", "train"), rollout.load_problems("arithmetic", "test")
+    train, test = data.load_problems("arithmetic", "train"), data.load_problems("arithmetic", "test")
     assert len(test) == 128 and len(train) > 8000
     for row in train + test:
         a, op, b = row["problem"].split()
@@ -21,21 +22,21 @@ def test_arithmetic_is_right_and_held_out_problems_are_unseen():
 
 
 def test_data_index_visits_every_row_once_an_epoch():
-    epochs = [[rollout.data_index(e * 10 + i, 10, seed=3) for i in range(10)] for e in range(3)]
+    epochs = [[data.data_index(e * 10 + i, 10, seed=3) for i in range(10)] for e in range(3)]
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
-    assert rollout.data_index(13, 10, seed=3) == epochs[1][3]  # any position, in any order: a resume starts anywhere
+    assert data.data_index(13, 10, seed=3) == epochs[1][3]  # any position, in any order: a resume starts anywhere
 
 
 def test_prompts_with_and_without_a_chat_template(model_dir, capsys):
     tok = AutoTokenizer.from_pretrained(model_dir)
     rows = [{"problem": "12 + 34", "answer": "46"}]
-    ids = rollout.encode_prompts(tok, rows, "some.jsonl")[0]
-    assert tok.decode(ids) == (f"<|im_start|>system\n{rollout.BOXED['system_prompt']}<|im_end|>\n<|im_start|>user\n12 + 34"
+    ids = data.encode_prompts(tok, rows, "some.jsonl")[0]
+    assert tok.decode(ids) == (f"<|im_start|>system\n{data.BOXED['system_prompt']}<|im_end|>\n<|im_start|>user\n12 + 34"
                                "<|im_end|>\n<|im_start|>assistant\n")
-    text = tok.decode(rollout.encode_prompts(tok, rows, "arithmetic", system_prompt="Be brief.")[0])
+    text = tok.decode(data.encode_prompts(tok, rows, "arithmetic", system_prompt="Be brief.")[0])
     assert "Be brief." in text and text.count("\\boxed{") == 2
     tok.chat_template = None
-    plain = tok.decode(rollout.encode_prompts(tok, rows, "x.jsonl", system_prompt="", few_shot=(("1 + 1", "2"),))[0])
+    plain = tok.decode(data.encode_prompts(tok, rows, "x.jsonl", system_prompt="", few_shot=(("1 + 1", "2"),))[0])
     assert plain == "Question: 1 + 1\n\nAnswer: 2\n\nQuestion: 12 + 34\n\nAnswer:"
     assert "no chat template" in capsys.readouterr().out
 
@@ -45,9 +46,9 @@ def test_prompts_with_and_without_a_chat_template(model_dir, capsys):
 @pytest.fixture(scope="module")
 def world(model_dir):
     setup_distributed()
-    tok, _ = rollout.load_tokenizer(model_dir)
-    rows = rollout.load_problems("arithmetic", "train")[:6]
-    prompts = rollout.encode_prompts(tok, rows, "arithmetic")
+    tok, _ = data.load_tokenizer(model_dir)
+    rows = data.load_problems("arithmetic", "train")[:6]
+    prompts = data.encode_prompts(tok, rows, "arithmetic")
     engine = rollout.build_engine(model_dir, 160, 0, "float32")
     yield engine, tok, rows, prompts, load_policy(model_dir, torch.float32, torch.device("cpu"))
     del engine
@@ -106,53 +107,27 @@ def test_weight_sync(world):
     assert gap(world, stale, 0.8) < 1e-3  # those were sampled before the first push
 
 
-def test_weight_sync_of_an_untied_head(world, tmp_path):
-    """The same with a head of its own, in an engine of its own: only the head is changed, then everything."""
-    tok, rows, prompts, policy = world[1:]
-    config = policy.model.config.to_dict() | dict(tie_word_embeddings=False)
-    untied = type(policy.model)(type(policy.model.config)(**config))
-    untied.load_state_dict(policy.model.state_dict())
-    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
-    untied.save_pretrained(tmp_path)
-    tok.save_pretrained(tmp_path)
-    mine = load_policy(str(tmp_path), torch.float32, torch.device("cpu"))
-    engine = rollout.build_engine(str(tmp_path), 160, 0, "float32")
-    other = engine, tok, rows[:3], prompts[:3], mine
-    g = torch.Generator().manual_seed(0)
-    assert gap(other, sample(other, 2), 0.8) < 1e-3
-    with torch.no_grad():
-        for changed in ("lm_head", ""):
-            for name, p in mine.model.named_parameters():
-                if name.startswith(changed) and p.dim() > 1:
-                    p.add_(0.05 * p.std() * torch.randn(p.shape, generator=g))
-            assert gap(other, sample(other, 2), 0.8) > 1e-2
-            rollout.sync_weights(engine, mine.model)
-            assert gap(other, sample(other, 2), 0.8) < 1e-3
-    del engine, other
-    gc.collect()
-
-
 def test_dynamic_sampling_accepts_in_order(world):
     """Streaming, and in rounds, accept the groups that sampling everything first and taking the first mixed ones would; each
     response has its own seed here, so that it is the same however it is scheduled."""
     engine, tok, *_ = world
     rows = [dict(problem=f"{a} + {b}", answer=str(a + b)) for a, b in ((12, 11), (7, 5), (31, 20), (10, 14), (21, 8), (40, 30), (5, 3))]
-    prompts = rollout.encode_prompts(tok, rows, "arithmetic")
+    prompts = data.encode_prompts(tok, rows, "arithmetic")
     args = dict(n=4, temperature=1.0, max_response_tokens=24, keep_all=False, seeded=True)
-    _, everything, position, vain = rollout.sample_batch(engine, tok, rows, prompts, 3, 0, prompts_per_step=24, oversample=1.0,
+    _, everything, position, wasted = rollout.sample_batch(engine, tok, rows, prompts, 3, 0, prompts_per_step=24, oversample=1.0,
                                                          max_prompts=24, streaming=False, **args)
-    assert position == 3 + 24 and vain == 0 and len(everything) == 24
-    assert [g["problem"] for g in everything] == [rows[rollout.data_index(3 + i, 7, 0)]["problem"] for i in range(24)]
+    assert position == 3 + 24 and wasted == 0 and len(everything) == 24
+    assert [g["problem"] for g in everything] == [rows[data.data_index(3 + i, 7, 0)]["problem"] for i in range(24)]
     mixed = [i for i, g in enumerate(everything) if 0 < g["rewards"].mean() < 1]
     lengths = [sum(map(len, g["responses"])) for g in everything]
     assert 5 < len(mixed) < 20 and len(set(lengths)) > 3
-    wasted = []
+    totals = []
     same = lambda g, h: g["problem"] == h["problem"] and all(map(np.array_equal, g["responses"], h["responses"]))
     for want, oversample, streaming, seqs in ((1, 4.0, True, 256), (4, 1.0, True, 256), (4, 3.0, True, 8), (3, np.inf, True, 8),
                                               (5, 1.5, False, 256)):
         limits = engine.llm_engine.vllm_config.scheduler_config
         kept, limits.max_num_seqs = limits.max_num_seqs, seqs
-        groups, sampled, position, vain = rollout.sample_batch(
+        groups, sampled, position, wasted = rollout.sample_batch(
             engine, tok, rows, prompts, 3, 0, prompts_per_step=want, oversample=oversample, max_prompts=24,
             streaming=streaming, **args)
         limits.max_num_seqs = kept
@@ -160,30 +135,30 @@ def test_dynamic_sampling_accepts_in_order(world):
         assert position == 3 + cut and len(sampled) == cut and all(map(same, sampled, everything))
         assert len(groups) == want and all(same(g, everything[i]) for g, i in zip(groups, mixed))
         assert not engine.llm_engine.has_unfinished_requests()
-        assert 0 <= vain <= sum(lengths[cut:]) and (vain == 0 or oversample > 1)  # only what is in work beyond the missing ones
-        wasted.append(vain)
-    assert wasted[0] > 0
+        assert 0 <= wasted <= sum(lengths[cut:]) and (wasted == 0 or oversample > 1)  # only what is in work beyond the missing ones
+        totals.append(wasted)
+    assert totals[0] > 0
 
 
 def test_dynamic_sampling_has_a_limit(world):
     engine, tok, rows, prompts, _ = world
     args = dict(n=4, temperature=1.0, max_response_tokens=24, oversample=1.0)
-    groups, sampled, position, vain = rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=5, max_prompts=15,
+    groups, sampled, position, wasted = rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=5, max_prompts=15,
                                                            keep_all=True, **args)
-    assert len(groups) == len(sampled) == position == 5 and vain == 0
-    groups, sampled, position, vain = rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=7, max_prompts=7,
+    assert len(groups) == len(sampled) == position == 5 and wasted == 0
+    groups, sampled, position, wasted = rollout.sample_batch(engine, tok, rows, prompts, 0, 0, prompts_per_step=7, max_prompts=7,
                                                            keep_all=False, **args)
-    assert position == len(sampled) == 7 and len(groups) < 7 and vain == 0  # what there is
+    assert position == len(sampled) == 7 and len(groups) < 7 and wasted == 0  # what there is
 
 
 def test_demonstrations_join_groups_before_they_are_accepted(world):
     engine, tok, _, _, _ = world
-    rows = rollout.load_problems("sums", "train")[:6]
+    rows = data.load_problems("sums", "train")[:6]
     rows[1]["solution"] = "the answer is \\boxed{7}"       # wrong
     rows[2]["solution"] = "so " * 60 + rows[2]["solution"]  # too long
-    prompts = rollout.encode_prompts(tok, rows, "sums", few_shot=())
-    end = rollout.end_token(tok, "models/SmolLM2-135M-Instruct")
-    counts = rollout.verify_demos(tok, rows, prompts, rollout.load_demos(rows, "sums"), 48, end)
+    prompts = data.encode_prompts(tok, rows, "sums", few_shot=())
+    end = data.end_token(tok, "models/SmolLM2-135M-Instruct")
+    counts = data.verify_demos(tok, rows, prompts, data.load_demos(rows, "sums"), 48, end)
     assert counts == dict(read=6, wrong=1, too_long=1, problems_without=1)
     assert [row["anchor"] for row in rows] == [True, False, False, True, True, True] and rows[1]["solution"] is None
 
@@ -209,5 +184,32 @@ def test_demonstrations_join_groups_before_they_are_accepted(world):
         assert [g["problem"] for g in groups if not g["anchor"].any()] == [] and len(groups) >= 3
     assert not any(g["anchor"].any() for g in batch(keep_all=True)[0])
     with pytest.raises(KeyError):  # not verified
-        rollout.sample_batch(engine, tok, rollout.load_problems("sums", "train"), prompts, 0, 0, prompts_per_step=1, oversample=1.0,
+        rollout.sample_batch(engine, tok, data.load_problems("sums", "train"), prompts, 0, 0, prompts_per_step=1, oversample=1.0,
                              max_prompts=1, keep_all=True, n=2, anchors="add", end=end, temperature=1.0, max_response_tokens=4)
+
+
+def test_weight_sync_of_an_untied_head(world, tmp_path):
+    """The same with a head of its own, in an engine of its own: only the head is changed, then everything. The last
+    one here: an engine's end is the process group's."""
+    tok, rows, prompts, policy = world[1:]
+    config = policy.model.config.to_dict() | dict(tie_word_embeddings=False)
+    untied = type(policy.model)(type(policy.model.config)(**config))
+    untied.load_state_dict(policy.model.state_dict())
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    untied.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    mine = load_policy(str(tmp_path), torch.float32, torch.device("cpu"))
+    engine = rollout.build_engine(str(tmp_path), 160, 0, "float32")
+    other = engine, tok, rows[:3], prompts[:3], mine
+    g = torch.Generator().manual_seed(0)
+    assert gap(other, sample(other, 2), 0.8) < 1e-3
+    with torch.no_grad():
+        for changed in ("lm_head", ""):
+            for name, p in mine.model.named_parameters():
+                if name.startswith(changed) and p.dim() > 1:
+                    p.add_(0.05 * p.std() * torch.randn(p.shape, generator=g))
+            assert gap(other, sample(other, 2), 0.8) > 1e-2
+            rollout.sync_weights(engine, mine.model)
+            assert gap(other, sample(other, 2), 0.8) < 1e-3
+    del engine, other
+    gc.collect()
