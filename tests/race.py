@@ -1,28 +1,32 @@
 """TRL's GRPOTrainer against train.py on this machine: make race, or python tests/race.py --steps=4
 
-One after the other, each in its own environment; then both models on the same held-out problems, through eval.py. Prints
-a table; leaves it in out_dir as race.md, and everything in race.json. `make race` makes TRL's environment, .venv-race.
+One after the other, each in its own environment; then both models on the same problems, through eval.py. Prints a table and
+leaves it in out_dir as race.md, and everything in race.json. `make race` makes TRL's environment, .venv-race.
 
 The same for both: model, float32 weights (products in bfloat16 on CUDA, float32 on a CPU), threads, allocator; problems,
-their order, the prompts' token ids (checked), prompts a step, responses a prompt, temperature, longest response; the grade,
-0 for a response cut off; no dropout; every group is trained on, in one update a step, old log-probabilities those of the
-update's own forward pass; fused AdamW (0.9, 0.999, 1e-8), no decay, constant learning rate, gradients clipped to norm 1.
-And the loss: A = r - mean of the group, -min(g A, clip(g, 0.8, 1.2) A), mean over all tokens of the step, no KL. That is
-TRL's loss_type="dapo" with scale_rewards="none", train.py's --loss_norm=token with --advantage_norm=mean. (With a division
-by std it would not be: TRL divides by the sample's std + 1e-4, train.py by the population's.)
+their order, the prompts' token ids (all three are checked), prompts a step, responses a prompt, temperature, longest
+response; the grade, 0 for a response cut off; no dropout; every group counts in the loss, one update a step, the old
+log-probabilities those of the update's own forward pass; fused AdamW (0.9, 0.999, 1e-8), no decay, a constant learning rate,
+gradients clipped to norm 1. And the loss: A = r - mean of the group, -min(g A, clip(g, 0.8, 1.2) A), mean over all tokens
+of the step, no KL: TRL's loss_type="dapo", its default, with scale_rewards="none"; train.py's --loss_norm=token with
+--advantage_norm=mean. On the same responses, loss and gradient norm agree to four digits. (Divided by std they would not:
+TRL takes the sample's std, and adds 1e-4.)
 
-Not the same: the random numbers, so the responses; sampling, by vLLM here and there by transformers' generate on a CPU (TRL
-has no vLLM there), which computes every response's prompt; and the forward pass, which pads there and packs here: that is
-what is raced. With vLLM, TRL's correction for the difference between sampler and trainer is off: train.py has none.
+Not the same: the random numbers, so the responses; what samples, vLLM here and on a CPU transformers' generate there; TRL
+computes the prompt anew for every response, pads, and computes what has no gradient, groups all right or all wrong among it.
+That is what is raced. With vLLM, TRL's correction for the difference between sampler and trainer is off, as train.py's is.
 
-TRL is set up for speed, see options in race_trl.py and `trl_batch`. On 2 cores of an AMD EPYC, responses a forward pass made
-no difference (4 to 40), nor did gradients without checkpoints fail for memory; transformers' continuous batching took over
-twice the time of generate, a static cache 1.6 times. glibc's allocator hands large blocks back at once and has the kernel
-clear them again; to keep them (ENVIRONMENT) takes a quarter off TRL's update. Not tried: torch.compile, which needs a
-compiler. Seconds a step leave out start-up, logging and checkpoints on both sides; `whole command` has them.
+TRL is set up for speed: options in race_trl.py, `trl_batch`. Tried on 2 cores of an AMD EPYC: responses in a forward pass, 4
+to 40, make no difference but in memory (2.5 to 15 GiB); transformers' continuous batching takes over twice as long as
+generate, a static cache 1.6 times. glibc gives large blocks back at once, and the kernel clears them anew every time;
+keeping them (ENVIRONMENT) saves a quarter of TRL's update. Not tried: torch.compile, which needs a compiler.
+
+Seconds a step are without start-up, logging and checkpoints on both sides; `whole command` is with them. The intervals are
+over problems, of one run each: another seed moves both.
 """
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -38,17 +42,17 @@ trl_python = ".venv-race/bin/python"  # of the environment that has TRL
 model = "models/SmolLM2-135M-Instruct"
 dataset = "arithmetic"        # as in train.py
 data_dir = None
-steps = 6                     # of both, in the first comparison
-most_steps = 100              # of train.py in the second one, the same time; `steps` or less: leave it out
+steps = 6                     # of both, in the first comparison; the first one is told apart
+most_steps = 100              # of train.py in the second one, the same time as TRL had; `steps` or less: leave it out
 prompts = 40                  # a step; this and the next three are the quickstart's
 group_size = 4
 temperature = 1.2
 max_response_tokens = 28
 learning_rate = 1e-5
 seed = 0
-tokens_per_micro_batch = 3000  # of train.py, the quickstart's
-trl_batch = 8                 # responses in a forward pass of TRL; divides prompts x group_size
-trl_options = "{}"            # JSON: more arguments of GRPOConfig, or others
+tokens_per_micro_batch = 3000  # of train.py, in a forward pass, the quickstart's; on a GPU as many as its memory bears
+trl_batch = 8                 # of TRL, responses in a forward pass; divides prompts x group_size; likewise
+trl_options = "{}"            # JSON: arguments of GRPOConfig, instead of those in race_trl.py or beside them
 train_flags = ()              # more flags of train.py: "('--sleep_level=0',)"
 held_out = 128                # problems of the test split, the first ones
 fresh = 512                   # problems of the training split that neither has met
@@ -66,19 +70,28 @@ PHASES = {"rollout": "sampling and grading", "old_logp": "old log-probabilities"
           "step": "whole step"}
 
 
+def processor_seconds():
+    """Of all cores since the machine started, not idle (or taken by its host); and of the programs run from here."""
+    with open("/proc/stat") as f:
+        user, nice, system, idle, wait, *others = map(int, f.readline().split()[1:9])
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK"), own.ru_utime + own.ru_stime
+
+
 def run(name, command):
-    """Run a program of the race to its end; seconds it took. Ends this one if it fails."""
+    """Run a program of the race to its end, or end this one. Seconds it took, and processor seconds of others meanwhile."""
     print(f"\n{name}: {' '.join(command)}", flush=True)
-    began = time.time()
+    began, (busy, own) = time.time(), processor_seconds()
     code = subprocess.run(command, env=os.environ | ENVIRONMENT).returncode
     if code:
         die(f"{name} ended with exit code {code}")
-    return time.time() - began
+    busy_after, own_after = processor_seconds()
+    return dict(seconds=time.time() - began, others=max(0.0, busy_after - busy - (own_after - own)))
 
 
-def train(most, *flags):
-    """train.py up to step `most`; seconds it took."""
-    return run("this", [
+def train(name, most, *flags):
+    """train.py up to step `most`: as run."""
+    return run(name, [
         sys.executable, "train.py", f"--model={model}", f"--dataset={dataset}", f"--data_dir={data_dir}", *ASKED,
         f"--out_dir={out_dir}/this", f"--seed={seed}", f"--max_steps={most}", "--variant=grpo", "--dynamic_sampling=False",
         "--loss_norm=token", "--advantage_norm=mean", "--kl_coef=0.0", "--clip_low=0.2", "--clip_high=0.2",
@@ -102,9 +115,11 @@ def figures(folder, first=1, last=10**9):
     for key in dict.fromkeys(k for r in rows for k in r if k.startswith("time/")):
         values = [r.get(key, 0.0) for r in later]
         seconds[key[5:]] = dict(median=statistics.median(values), mean=statistics.mean(values), first=rows[0].get(key, 0.0))
-    return dict(steps=len(rows), seconds=seconds, total=sum(r["time/step"] for r in rows),
-                tokens_per_second=sum(r["rollout/response_tokens"] for r in later) / sum(r["time/step"] for r in later),
-                peak_memory_gib=max(r["perf/peak_memory_gib"] for r in rows), rows=rows)
+    tokens = sum(r["rollout/response_tokens"] for r in later)
+    return dict(steps=len(rows), seconds=seconds, total=sum(r["time/step"] for r in rows), rows=rows,
+                tokens=tokens / len(later), tokens_per_second=tokens / sum(r["time/step"] for r in later),
+                computed=statistics.mean(r.get("train/tokens", r["rollout/response_tokens"]) for r in later),
+                peak_memory_gib=max(r["perf/peak_memory_gib"] for r in rows))
 
 
 def evaluate(name, ckpt):
@@ -135,8 +150,8 @@ def machine():
 # ---------------------------------------------------------------------------------------------------------------------
 # the problems, and the specification for TRL
 
-for key in ("steps", "prompts", "max_response_tokens", "held_out", "fresh", "trl_batch"):
-    if config[key] < 1:
+for key, least in dict(steps=2, prompts=1, max_response_tokens=1, held_out=1, fresh=1, trl_batch=1).items():
+    if config[key] < least:
         die(f"{key}: {config[key]} is too small")
 if not os.path.isfile(trl_python):
     die(f"trl_python: {trl_python} is not there; make race makes it")
@@ -148,9 +163,9 @@ except (ValueError, AttributeError):
     die(f"trl_options: {trl_options!r} is not a JSON object")
 test = load_problems(dataset, "test", data_dir=data_dir)[:held_out]
 problems, _ = drop_evaluated(load_problems(dataset, "train", data_dir=data_dir), dataset, data_dir, test)
-if max(steps, most_steps) * prompts + fresh > len(problems):
-    die(f"most_steps: {max(steps, most_steps)} steps of {prompts} prompts and {fresh} fresh problems are more than the "
-        f"{len(problems)} of {dataset}")
+if steps * prompts + fresh > len(problems):
+    die(f"steps: {steps} x {prompts} prompts and {fresh} fresh problems are more than the {len(problems)} of {dataset}")
+most_steps = min(most_steps, (len(problems) - fresh) // prompts)
 style = STYLES.get(dataset, BOXED)
 ASKED = [f"--system_prompt={style['system_prompt']!r}", f"--few_shot={style['few_shot']!r}"]
 tokenizer, _ = load_tokenizer(model)
@@ -170,22 +185,17 @@ save_config({key: config[key] for key in ("model", "steps", "prompts", "group_si
 # ---------------------------------------------------------------------------------------------------------------------
 # the race
 
-load = [os.getloadavg()[0]]  # before each run: other work on the machine shows here
-commands = {"this": train(steps)}
-met = [r["problem"] for r in read(f"{out_dir}/this/samples.jsonl")][::group_size]
-if met != [p["problem"] for p in asked]:
-    die("train.py did not have the problems in the order that was meant for both")
-load.append(os.getloadavg()[0])
+commands = {"this": train("this", steps)}
+met = [sorted(r["problem"] for r in read(f"{out_dir}/this/samples.jsonl") if r["step"] == i + 1) for i in range(steps)]
+if met != [sorted(group_size * [p["problem"] for p in asked[i * prompts:(i + 1) * prompts]]) for i in range(steps)]:
+    die("train.py's steps did not have the problems that were meant for both")
 commands["trl"] = run("TRL", [trl_python, "tests/race_trl.py", f"{out_dir}/spec.json"])
 runs = {"trl": figures(f"{out_dir}/trl"), "this": figures(f"{out_dir}/this")}
 ours = runs["this"]["seconds"]["step"]
-more = steps + int(max(0.0, runs["trl"]["total"] - runs["this"]["total"]) / ours["mean"])
-more = min(more, most_steps)
-if more > steps:
-    load.append(os.getloadavg()[0])
-    commands["this, same time"] = train(more, "--resume")
+more = min(most_steps, steps + int(max(0.0, runs["trl"]["total"] - runs["this"]["total"]) / ours["mean"]))
+if more > steps:  # go on for as long as TRL had
+    commands["this, same time"] = train("this, same time", more, "--resume")
     runs["this, same time"] = figures(f"{out_dir}/this")
-    runs["this, same time"]["median of the steps after"] = figures(f"{out_dir}/this", steps + 1)["seconds"]["step"]["median"]
 
 folders = {"before": model, "trl": f"{out_dir}/trl/model", "this": f"{out_dir}/this/step_{steps:06d}"}
 if more > steps:
@@ -213,11 +223,13 @@ for key, label in PHASES.items():
                 + (f"{a['median'] / b['median']:.1f}" if b["median"] >= 0.05 and a["median"] >= 0.05 else "") + " |")
 first = [runs[name]["seconds"]["step"]["first"] for name in ("trl", "this")]
 told.append(f"| the first step, not in the above | {first[0]:.1f} | {first[1]:.1f} | {first[0] / first[1]:.1f} |")
-told.append(f"| whole command | {commands['trl']:.0f} | {commands['this']:.0f} | {commands['trl'] / commands['this']:.1f} |")
-for key, label, unit in (("tokens_per_second", "response tokens trained on a second of step", "{:.1f}"),
-                         ("peak_memory_gib", "peak memory, GiB", "{:.1f}")):
+for key, label in (("seconds", "whole command"), ("others", "processor seconds of other programs meanwhile")):
+    told.append(f"| {label} | {commands['trl'][key]:.0f} | {commands['this'][key]:.0f} | |")
+for key, label in (("tokens", "response tokens in the loss of a step"), ("computed", "of these, computed in the update"),
+                   ("tokens_per_second", "response tokens trained on, a second of step"),
+                   ("peak_memory_gib", "peak memory, GiB")):
     a, b = (runs[name][key] for name in ("trl", "this"))
-    told.append(f"| {label} | {unit.format(a)} | {unit.format(b)} | {a / b:.2f} |")
+    told.append(f"| {label} | {a:.1f} | {b:.1f} | {a / b:.2f} |")
 told += ["", f"| greedy accuracy (95%) | steps | their seconds | {len(test)} held out | {fresh} fresh | this - TRL, all |",
          "|---|---|---|---|---|---|"]
 for name, results in accuracy.items():
@@ -230,7 +242,7 @@ told += ["", f"TRL takes {ratio:.1f} times the time of this a step; at the same 
          f"{gains['this'][0]:+.1f} points from TRL's (95%: {gains['this'][1][0]:+.1f} to {gains['this'][1][1]:+.1f})."]
 text = "\n".join(told) + "\n"
 write_whole(f"{out_dir}/race.md", text)
-save_config(dict(machine=machine(), settings=config, versions=dict(trl=theirs["versions"], this=versions), ratio=ratio,
-                 trl=theirs, environment=ENVIRONMENT, load=load, commands=commands, runs=runs, accuracy=accuracy,
-                 gains=gains), f"{out_dir}/race.json")
+save_config(dict(machine=machine(), settings=config, versions=dict(trl=theirs["versions"], this=versions), trl=theirs,
+                 environment=ENVIRONMENT, commands=commands, runs=runs, accuracy=accuracy, gains=gains, ratio=ratio),
+            f"{out_dir}/race.json")
 print("\n" + text + f"\nalso in {out_dir}/race.md; everything in {out_dir}/race.json")

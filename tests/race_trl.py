@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,7 +39,7 @@ if cuda and not vllm:
 responses = spec["prompts"] * spec["group_size"]  # in a step
 options = dict(
     output_dir=spec["out_dir"], max_steps=spec["steps"], seed=spec["seed"], shuffle_dataset=False,
-    # the loss: advantages.token_weights' "token" and group_advantages' "mean", see race.py
+    # the loss that race.py writes out
     loss_type="dapo", scale_rewards="none", beta=0.0, epsilon=0.2, num_iterations=1, mask_truncated_completions=False,
     num_generations=spec["group_size"], max_completion_length=spec["max_response_tokens"], temperature=spec["temperature"],
     top_p=1.0, top_k=0,
@@ -47,8 +47,8 @@ options = dict(
     optim="adamw_torch_fused", adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, disable_dropout=True,
     # one generation and one optimizer update a step, in as many micro-batches as it takes
     per_device_train_batch_size=spec["trl_batch"], gradient_accumulation_steps=responses // spec["trl_batch"],
-    # for speed. Checkpointing is on by default and costs a second forward pass; bf16 too, and float32 is what train.py has
-    # on a CPU; model_init_kwargs: float32 weights, which bf16 (on CUDA) leaves so, as in train.py
+    # TRL's default checkpoints activations, which costs a second forward pass, and has bf16 on a CPU too, where train.py
+    # has float32. Weights are float32 in any case, as there
     gradient_checkpointing=False, bf16=cuda, model_init_kwargs=dict(dtype="float32"), dataloader_pin_memory=cuda,
     save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
 ) | (dict(
@@ -160,14 +160,6 @@ for log in trainer.state.log_history:
 with open(os.path.join(spec["out_dir"], "metrics.jsonl"), "w", encoding="utf-8") as f:
     f.writelines(json.dumps(row) + "\n" for row in rows)
 trainer.save_model(os.path.join(spec["out_dir"], "model"))
-
-
-def installed(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-save_config(dict(versions={p: installed(p) for p in ("trl", "torch", "transformers", "accelerate", "vllm")}, vllm=vllm,
+versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+save_config(dict(versions={p: versions.get(p) for p in ("trl", "torch", "transformers", "accelerate", "vllm")}, vllm=vllm,
                  options=options, threads=torch.get_num_threads()), os.path.join(spec["out_dir"], "result.json"))
