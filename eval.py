@@ -421,8 +421,8 @@ if __name__ == "__main__":
         die(f"seed: {seed} is negative")
     if protocol is not None and protocol not in PROTOCOLS:
         die(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) % tp:
-        die(f"tp: {tp} does not divide the {os.environ.get('WORLD_SIZE', '1')} ranks")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % tp:
+        die(f"tp: {tp} does not divide the {os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks of a machine")
     jobs = plan([model for part in ckpt.split(",") for model in find_models(part)])
 
     import torch.distributed as dist

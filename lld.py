@@ -145,7 +145,7 @@ if groups is None:
     torch.manual_seed(hash((seed, rank)) % 2**63)  # of vLLM's sampling
     kept, sampled, *_ = sample_batch(engine, tokenizer, problems, prompts, 0, seed, prompts_per_step=questions,
                                      oversample=oversample, max_prompts=min(max_rounds * questions, len(problems)),
-                                     keep_all=False, n=group_size, streaming=False,
+                                     keep_all=False, n=group_size, streaming=False, seeded=device.type == "cuda",
                                      temperature=temperature, max_response_tokens=max_response_tokens)
     sleep_engine(engine, 2)
     print0(f"{len(kept)} of {len(sampled)} questions have both outcomes; {np.mean([g['rewards'].mean() for g in sampled]):.1%} "

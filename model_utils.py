@@ -55,7 +55,6 @@ def setup_distributed():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32, NTHR's scores
     elif sys.platform == "linux":  # keep what is freed: a step's large tensors need not be cleared by the system again
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks come from the heap too
@@ -343,7 +342,8 @@ class Policy(torch.nn.Module):
 
 
 def load_policy(path, compute_dtype, device, activation_checkpointing=False, param_dtype=torch.float32, compile=False):
-    """Load a Hugging Face folder or hub id as a Policy with parameters of `param_dtype` on `device`.
+    """Load a Hugging Face folder or hub id as a Policy with parameters of `param_dtype` on `device`; one that is to be
+    sharded is better loaded on the CPU, see parallelize.
 
     compile: True, or a backend of torch.compile; the layers are compiled, one by one, their attention is not.
     """
@@ -358,25 +358,26 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False, par
     return Policy(model.to(device), compute_dtype)
 
 
-def parallelize(policy, parallel):
+def parallelize(policy, parallel, device="cpu", frozen=False):
     """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, parameters sharded). Call the result like a Policy.
 
     Gradients come out averaged over ranks, so a loss that is a sum over all ranks is to be multiplied by the world size.
+    fsdp moves a policy that is on the CPU to `device` layer by layer, so that no GPU ever holds all of it. frozen: it has no
+    backward pass, after which the embedding and the head would be sharded again, so they are after the forward pass.
     """
     if parallel == "ddp":
         if dist.get_world_size() == 1:
             return policy
-        # no buffer ever changes; gradients live in the buckets that are reduced, not beside them
-        return torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # no buffer ever changes; gradients live in the buckets that are reduced, not beside them: see optimizer_step
+        return torch.nn.parallel.DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(policy.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for layer in policy.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    return fully_shard(policy, mesh=mesh, mp_policy=mixed)
+    return fully_shard(policy, mesh=mesh, mp_policy=mixed, **(dict(reshard_after_forward=True) if frozen else {}))
 
 
 def make_optimizer(policy, name, learning_rate, adam_betas, weight_decay):
@@ -386,11 +387,13 @@ def make_optimizer(policy, name, learning_rate, adam_betas, weight_decay):
     return torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=adam_betas, weight_decay=weight_decay, fused=True)
 
 
-def optimizer_step(policy, optimizer, grad_clip):
-    """Clip the gradients to the global norm grad_clip (0: not), update, clear them. Returns the norm before, a tensor ()."""
+def optimizer_step(policy, optimizer, grad_clip, keep=False):
+    """Clip the gradients to the global norm grad_clip (0: not), update, clear them. Returns the norm before, a tensor ().
+
+    keep: set them to 0 where they are, in DDP's buckets; new ones would stand beside those in every later micro-batch."""
     norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or torch.inf))
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keep)
     return norm
 
 
@@ -417,8 +420,12 @@ def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, 
     state: JSON-able trainer state (step, data position); config: the resolved settings.
     """
     final = os.path.join(out_dir, f"step_{step:06d}")
-    weights = {name: full(p.detach()).cpu() for name, p in policy.model.named_parameters()}
-    moments = {i: {k: full(v).cpu() for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()}
+    def whole(x):  # all ranks gather, the first keeps it
+        x = full(x.detach())
+        return x.cpu() if is_rank0() else None
+
+    weights = {name: whole(p) for name, p in policy.model.named_parameters()}
+    moments = {i: {k: whole(v) for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()}
     if is_rank0():
         tmp = final + ".tmp"
         shutil.rmtree(tmp, ignore_errors=True)
@@ -513,22 +520,25 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    params, d, vocab, layers = sum(p.numel() for p in model.parameters()), config.hidden_size, config.vocab_size, config.num_hidden_layers
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    params, layers, d = sum(p.numel() for p in model.parameters()), config.num_hidden_layers, config.hidden_size
+    heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     head_dim = getattr(config, "head_dim", None) or d // heads
-    shards = ranks if parallel == "fsdp" else 1
+    head = config.vocab_size * d
+    root = head if config.tie_word_embeddings else 2 * head  # parameters: the embedding, and a head of its own
     c, stream = compute_bytes, compute_bytes if parallel == "fsdp" else param_bytes  # autocast keeps the residual stream's type
     # kept for the backward pass, bytes a token of one layer: two norms (their input and result), casts to the compute type
     # for q, k, v, gate and up, three forms of q and k, v and the gathered keys and values, attention's result, four of the MLP
-    layer = 4 * d * stream + (5 * d if c != stream else 0) * c + c * head_dim * (4 * heads + 6 * kv_heads) + 4 * c * config.intermediate_size
-    of_layers = layers * d * stream + layer if activation_checkpointing else layers * layer
-    whole_layer = (params - vocab * d) / layers  # parameters; two are gathered at a time by FSDP2, and the head
+    casts = 5 * d * c if c != stream else 0
+    layer = 4 * d * stream + casts + c * head_dim * (4 * heads + 6 * kv_heads) + 4 * c * mlp
+    shards = ranks if parallel == "fsdp" else 1
     out = {
         "weights": params * param_bytes / shards, "optimizer": 2 * params * param_bytes / shards,
         "reference": params * c / (ranks if reference == "shard" else 1) if reference else 0,
         "gradients": params * param_bytes / shards,
-        "copies": (2 * whole_layer + vocab * d) * (c + param_bytes) if shards > 1 else params * c if c != param_bytes else 0,
-        "activations": tokens * of_layers, "head": 2 * head_chunk * vocab * 4 + vocab * d * (4 + 2 * c)}
+        # whole weights and gradients of what FSDP2 has gathered, the root and two layers; or autocast's copies
+        "copies": (root + 2 * (params - root) / layers) * (c + param_bytes) if shards > 1 else params * c if c != param_bytes else 0,
+        "activations": tokens * (layers * d * stream + layer if activation_checkpointing else layers * layer),
+        "head": 2 * head_chunk * config.vocab_size * 4 + head * (4 + 3 * c)}
     held = out["weights"] + out["optimizer"] + (out["reference"] if reference != "offload" else 0)
     held += out["gradients"] if parallel == "ddp" and ranks > 1 else 0  # DDP's buckets stay
     # an offloaded reference model is here for its own pass, when there are no gradients and activations yet

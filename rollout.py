@@ -144,8 +144,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
 
     anchors: "replace" or "add": a demonstration joins every group whose problem has one (row["anchor"], see verify_demos),
     in place of a rollout or as one more response, before the group is accepted or not; hard_only: only groups without a
-    correct rollout. end: end_token. seeded: every response has its own seed, so that it depends on nothing sampled beside it
-    (slower on a GPU). All ranks call together and get the same: (accepted groups, the groups looked at, new position,
+    correct rollout. end: end_token. seeded: every response has its own seed, so that it depends on nothing sampled beside it;
+    on CUDA vLLM needs that: its own draws there do not follow torch's generator, and are the same on every rank. All ranks call together and get the same: (accepted groups, the groups looked at, new position,
     tokens sampled in vain, all ranks).
     """
     import torch
@@ -155,6 +155,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
     from vllm.sampling_params import RequestOutputKind
 
     core = engine.llm_engine
+    first = dist.get_rank() % tensor_parallel == 0  # of an engine's ranks, which all have its outputs: it grades them
     engines, mine = dist.get_world_size() // tensor_parallel, dist.get_rank() // tensor_parallel
     room = engines * (core.vllm_config.scheduler_config.max_num_seqs // n + 1)  # prompts that fill them; one waits at each
     order = [data_index(position + i, len(problems), seed) for i in range(max_prompts)]
@@ -174,7 +175,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
     def grade(finished):
         made = make_groups(tokenizer, [problems[order[i]] for i in finished], [prompts[order[i]] for i in finished],
                            [[outputs[i][k] for k in sorted(outputs[i])] for i in finished])
-        return {i: with_anchor(g, encode_anchor(tokenizer, g["prompt"], g["solution"], end), anchors == "replace" and hard_only)
+        replace = anchors == "replace" and hard_only
+        return {i: with_anchor(g, encode_anchor(tokenizer, g["prompt"], g["solution"], end), replace)
                 if joins[i] and not (hard_only and g["rewards"].any()) else g for i, g in zip(finished, made)}
 
     def look():
@@ -192,7 +194,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
             if int((state[:closed] == 2).sum()) >= prompts_per_step or not len(opened) and len(owner) == max_prompts:
                 break
             if missing > 0 and (streaming or not len(opened)):
-                work = oversample * missing if not streaming else min(oversample * missing, room)
+                work = min(oversample * missing, room if streaming or math.isinf(oversample) else math.inf)
                 load = np.bincount([owner[i] for i in opened], minlength=engines)
                 for i in range(len(owner), min(max_prompts, len(owner) + math.ceil(work) - len(opened))):
                     owner.append(int(load.argmin()))
@@ -207,7 +209,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
                     if len(outputs[i]) == n - (fewer and joins[i]):
                         finished.append(i)
             look()
-            grading = grader.submit(grade, finished)
+            grading = grader.submit(grade, finished if first else [])
             if not core.has_unfinished_requests():
                 look()  # nothing to do beside it
             dist.all_reduce(state, dist.ReduceOp.MAX)
@@ -219,7 +221,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
     core.abort_request([f"{i}/{k}" for i, outs in outputs.items() if i >= looked_at for k in range(n) if k not in outs])
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (wasted, {i: g for i, g in groups.items() if i < looked_at}))
-    shares = shares[::tensor_parallel]  # ranks of one engine have the same
+    shares = shares[::tensor_parallel]
     sampled = [shares[owner[i]][1][i] for i in range(looked_at)]
     return [sampled[i] for i in accepted], sampled, position + int(looked_at), sum(wasted for wasted, _ in shares)
 

@@ -55,11 +55,11 @@ pos_weight = 1.0              # times the advantages of correct responses
 neg_weight = 1.0              # times those of incorrect ones
 clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
 clip_high = 0.2               # 0.28: clip-higher (DAPO)
-old_logp = "trainer"          # pi_old of the ratio: "trainer", by a pass of its own where the training pass will not do, or
-                              # "rollout", vLLM's own figures
-tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3), against their mismatch; 0: not (CPU: none needed)
+old_logp = "trainer"          # pi_old of the ratio: "trainer", from a pass of its own where the training pass will not do,
+                              # or "rollout", vLLM's own figures
+tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3), against their mismatch; 0: not
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded (the NTHR paper: 1e-4)
-reference = "resident"        # that model is on every GPU, "offload": in host memory between its passes, "shard": over the ranks
+reference = "resident"        # that model: on every GPU, "offload": in host memory between its passes, "shard": over the ranks
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
 demos = None                  # JSON Lines file with `problem` and `solution`; None: the data set's own solutions
 judge = "rubric"              # of variant dagrpo: "rubric", "self" (the engine) or a server, "http://host:port/v1": judge.py
@@ -85,7 +85,8 @@ weight_decay = 0.0
 adam_betas = (0.9, 0.999)
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
-param_dtype = "float32"       # of parameters, gradients and AdamW's moments; "bfloat16": half the memory, small updates are lost
+param_dtype = "float32"       # of parameters, gradients and AdamW's moments; "bfloat16": half the memory, but a weight w does
+                              # not move by steps under w / 512: learning rates of 1e-6 change hardly anything
 compute_dtype = "auto"        # of the trainer's matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
 activation_checkpointing = False  # compute activations again in the backward pass
 compile = False               # torch.compile the layers (CUDA)
@@ -95,7 +96,8 @@ ckpt_every = 0                # steps between checkpoints; 0: before every evalu
 keep_ckpts = 2                # newest checkpoints kept
 samples_per_step = 16         # responses a step written to samples.jsonl
 wandb_project = None          # log to Weights & Biases under this project
-profile = False               # trace the second and third step: out_dir/trace.json.gz, and their ten dearest operations, printed
+profile = False               # trace the second and third step, rollouts included (so: short ones): out_dir/trace.json.gz, and
+                              # their ten most expensive operations, printed
 
 config = configure(globals())
 
@@ -114,7 +116,7 @@ ETAS = ("2|0.5-p|", "p", "1-p")
 for key, known in (("variant", VARIANTS), ("parallel", ("ddp", "fsdp")), ("nthr_vocab", ("response", "full")),
                    ("advantage_norm", ("std", "mean")), ("loss_norm", ("group", "token", "constant")),
                    ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES), ("param_dtype", DTYPES[1:]), ("anchors", (0, 1)),
-                   ("old_logp", ("trainer", "rollout")), ("reference", ("resident", "offload", "shard")),
+                   ("sleep_level", (0, 1, 2)), ("old_logp", ("trainer", "rollout")), ("reference", ("resident", "offload", "shard")),
                    ("anchor_mode", ("replace", "add")), ("anchor_loss", ("luffy", "logp"))):
     if config[key] not in known:
         die(f"{key}: {config[key]!r} is none of {', '.join(map(str, known))}")
@@ -144,8 +146,8 @@ if not 0 < delta <= 9:
     die(f"delta: {delta} is not in (0, 9], the differences of scores from 1 to 10")
 if tis_cap and old_logp == "rollout":
     die(f"tis_cap: {tis_cap} has nothing to correct with old_logp=rollout: pi_old is pi_rollout")
-if world_size % tp:
-    die(f"tp: {tp} does not divide the {world_size} ranks")
+if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % tp:
+    die(f"tp: {tp} does not divide the {os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks of a machine")
 if tp > 1 and judge == "self" and variant == "dagrpo":
     die("tp: judge=self asks an engine a rank; use 1, or another judge")
 if gpu_memory_utilization is not None and not (isinstance(gpu_memory_utilization, float) and 0 < gpu_memory_utilization < 1):
@@ -236,25 +238,35 @@ os.makedirs(out_dir, exist_ok=True)  # another machine's own: its ranks keep a j
 dist.barrier()
 compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
 masters = getattr(torch, param_dtype)
-memory = estimate_memory(hf_config, world_size, parallel, masters.itemsize, compute.itemsize, reference if kl_coef else None,
-                         tokens_per_micro_batch, activation_checkpointing)                         # GiB
 if on_cuda and gpu_memory_utilization is None:  # 3 GiB: CUDA context, vLLM's graphs, fragments
+    memory = estimate_memory(hf_config, world_size, parallel, masters.itemsize, compute.itemsize,
+                             reference if kl_coef else None, tokens_per_micro_batch, activation_checkpointing)  # GiB
     card = torch.cuda.get_device_properties(device).total_memory / 2**30
     left = card - 3 - memory["held" if sleep_level else "peak"]
     gpu_memory_utilization = min(0.9, left / card)
     print0(f"memory, GiB of {card:.0f}: trainer {memory['held']:.1f}, in an update {memory['peak']:.1f}; vLLM {left:.1f}")
     if left < 1 or memory["peak"] > card - 3:
-        die(f"tokens_per_micro_batch: an update needs about {memory['peak']:.0f} GiB of the GPU's {card:.0f}: " + ", ".join(
-            f"{k} {v:.1f}" for k, v in memory.items() if k not in ("held", "peak")) + "; see also parallel=fsdp, "
-            "activation_checkpointing, param_dtype, reference")
+        die(f"tokens_per_micro_batch, parallel, activation_checkpointing, reference: of the GPU's {card:.0f} GiB an update needs "
+            f"about {memory['peak']:.0f}, and {memory['held']:.0f} stay while vLLM samples: " + ", ".join(
+                f"{k} {v:.1f}" for k, v in memory.items() if k not in ("held", "peak")))
 engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
                       gpu_memory_utilization, max_num_seqs, tp)
-policy = load_policy(start or model, compute, device, activation_checkpointing, masters, compile)
-net = parallelize(policy, parallel)
+if compute == torch.bfloat16:
+    torch.set_float32_matmul_precision("high")  # TF32 for NTHR's scores; after the engine, which sets it for itself
+if masters == torch.bfloat16 and learning_rate < 1e-5:
+    print0(f"warning: param_dtype=bfloat16 rounds most updates at learning_rate={learning_rate:g} away")
+policy = load_policy(start or model, compute, "cpu" if parallel == "fsdp" else device, activation_checkpointing, masters, compile)
+net = parallelize(policy, parallel, device)
 net.train()
-ref = load_policy(model, compute, device, param_dtype=compute).requires_grad_(False) if kl_coef else None
-if ref is not None and reference != "resident":
-    ref = parallelize(ref, "fsdp") if reference == "shard" else ref.cpu()
+ref, ref_home = None, []  # the parameters of an offloaded one, in host memory
+if kl_coef:
+    ref = load_policy(model, compute, device if reference == "resident" else "cpu", param_dtype=compute).requires_grad_(False)
+    if reference == "shard":
+        ref = parallelize(ref, "fsdp", device, frozen=True)
+    if reference == "offload":
+        ref_home = [p.data.pin_memory() if on_cuda else p.data for p in ref.parameters()]
+        for buffer in ref.buffers():
+            buffer.data = buffer.to(device)
 if judged:
     scores_known = read_cache(out_dir)  # of this run before it was resumed
     names = [judge_model]
@@ -370,13 +382,15 @@ while True:
     groups, sampled, position, wasted = sample_batch(
         engine, tokenizer, train_problems, prompts, position, seed, prompts_per_step=prompts_per_step,
         oversample=oversample, max_prompts=max_rounds * prompts_per_step, keep_all=not dynamic_sampling, n=group_size,
-        streaming=streaming, tensor_parallel=tp,
+        streaming=streaming, tensor_parallel=tp, seeded=on_cuda,
         anchors=anchor_mode if anchors else "none", hard_only=anchor_hard_only, end=end,
         temperature=temperature, max_response_tokens=max_response_tokens)
     lap("rollout")
     if judged:  # while the engine is awake and has nothing else to do
+        for g in groups:
+            g["scores"] = np.full(len(g["rewards"]), np.nan, dtype=np.float32)
         name = names[0] if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
-        judge_counts = judge_all_ranks(groups, judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
+        judge_counts = judge_all_ranks([g for g in groups if g["rewards"].min() < g["rewards"].max()], judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
                                        judge_retries)
     sleep_engine(engine, sleep_level)
     lap("judge" if judged else "rollout")
@@ -427,7 +441,7 @@ while True:
         update["scored"] = [0, None]  # groups scored so far; states of a group whose other half is in the next batch
         updates.append(update)
     picker = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)  # of Random's tokens
-    head = full(policy.model.get_output_embeddings().weight.detach()) if scored else None  # (V, d)
+    head = full(policy.model.get_output_embeddings().weight.detach()).to(compute) if scored else None  # (V, d)
     nthr_sums = torch.zeros(8, dtype=torch.float64, device=device)
 
     for update in updates:
@@ -442,12 +456,14 @@ while True:
                 update["old_logp"] = torch.cat(outs)                                               # (N,)
     lap("old_logp")
     if ref is not None:
-        ref.to(device) if reference == "offload" else None
+        for p, home in zip(ref.parameters(), ref_home):
+            p.data = home.to(device, non_blocking=True)
         with torch.no_grad():
             for update in updates:
                 update["ref_logp"] = torch.cat([ref(b, temperature)[0][:b.span.stop - b.span.start]
                                                 for b in prefetch(update["batches"], device)])     # (N,)
-        ref.cpu() if reference == "offload" else None
+        for p, home in zip(ref.parameters(), ref_home):
+            p.data = home
         lap("ref_logp")
 
     lr = learning_rate * min(1.0, step / (warmup_steps + 1))
@@ -492,7 +508,7 @@ while True:
                 sums += torch.stack([loss, entropy.where(~anchor, 0).sum(), clipped.sum(), kl.sum(),
                                      kl_k3(old, logp).where(~anchor, 0).sum(), logp.where(anchor, 0).sum(), ours.sum(), gap.sum(),
                                      ratio.sum(), (ratio > importance).sum()]).double()
-        grad_norms.append(optimizer_step(policy, optimizer, grad_clip))
+        grad_norms.append(optimizer_step(policy, optimizer, grad_clip, keep=hasattr(net, "no_sync")))
         if update is not updates[0] and update["old_known"]:  # what earlier updates did to this one's correct responses
             correct = (update["rewards"] == 1) & ~update["is_anchor"]
             displaced += torch.stack([correct.sum(), (update["moved"] * correct).sum(),
@@ -511,9 +527,9 @@ while True:
         dist.all_reduce(x)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     seconds["time/step"] = clock[-1] - clock[0]
-    n, anchor_tokens, packed = counts.tolist()  # of what was computed
-    kept = sum(len(r) for g in groups for r, a in zip(g["responses"], g["anchor"]) if not a)
-    loss, entropy, clipped, kl, kl_old, anchor_logp, compared, gap, ratio, cut = sums.tolist()
+    n, anchor_tokens, packed = counts.tolist()  # of what was computed, as all train/ and gap/ figures are
+    kept = sum(len(r) for g in groups for r, a in zip(g["responses"], g["anchor"]) if not a)  # of what counts in the loss
+    loss, entropy, clipped, kl, kl_old, anchor_logp, compared, gap, ratio, above_cap = sums.tolist()
     tokens, compared = max(n, 1), max(compared, 1)
     responses = [len(r) for g in sampled for r, a in zip(g["responses"], g["anchor"]) if not a]
     row = {
@@ -534,7 +550,7 @@ while True:
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
     }
     if tis_cap:
-        row["gap/ratio_cut"] = cut / compared
+        row["gap/ratio_cut"] = above_cap / compared
     if scored and n:
         wrong, selected, s_selected, s_others, scored_groups, tau_negative, tau_sum, eta_sum = nthr_sums.tolist()
         row |= {"nthr/selected": selected / max(wrong, 1), "nthr/tau_negative": tau_negative / max(scored_groups, 1),
@@ -548,9 +564,9 @@ while True:
         row["judge/failed"] = judge_counts["groups_failed"]                                        # groups
         of_groups = [x for share in shares for x in share if np.isfinite(x[1]).any()]              # (3, n) each, judged ones
         if of_groups:
-            a, margin, kept = np.concatenate(of_groups, axis=1)
+            a, margin, stays = np.concatenate(of_groups, axis=1)
             row |= {f"dagrpo/margin_p{q}": float(np.percentile(margin[a != 0], q)) for q in (10, 50, 90)}
-            row |= {"dagrpo/lambda_pos": kept[a > 0].mean(), "dagrpo/lambda_neg": kept[a < 0].mean(),
+            row |= {"dagrpo/lambda_pos": stays[a > 0].mean(), "dagrpo/lambda_neg": stays[a < 0].mean(),
                     "dagrpo/fully_masked": float(np.mean([not k.any() for _, _, k in of_groups]))}
     if anchors and groups:
         row |= {"anchor/groups": sum(bool(g["anchor"].any()) for g in groups), "anchor/tokens": anchor_tokens,
@@ -568,7 +584,9 @@ while True:
                    [dict(score=finite(s), margin=finite(m), kept=k) for u in updates for s, m, k in zip(
                        [s for g in u["groups"] for s in g["scores"].tolist()], u["margins"].tolist(), u["lam"].tolist())]
                    if judged else itertools.repeat({}))
-        flat = itertools.chain(flat, (((g, i), 0.0, {}) for u in updates for g in u["idle"] for i in range(len(g["responses"]))))
+        unmixed = (((g, i), 0.0, {}) for u in updates for g in u["idle"] for i in range(len(g["responses"])))
+        place = {id(g): i for i, g in enumerate(groups)}
+        flat = sorted([*flat, *unmixed], key=lambda x: place[id(x[0][0])])  # in the order of issue
         log(row, [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
                        response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a, truncated=bool(g["truncated"][i]),
                        anchor=bool(g["anchor"][i]), **judgement)

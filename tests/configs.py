@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CARDS = {"24 GB": 23.6, "48 GB": 44.5, "80 GB": 79.2, "141 GB": 139.8}  # GiB that the driver shows of L4/4090, L40S, A100/H100, H200
 RESERVE = 3  # GiB, as in train.py
 
-MATH = dict(variant="nthr", nthr_beta=1.0, nthr_eta=None, temperature=1.0, prompts_per_step=256, prompts_per_update=64,
-            learning_rate=1e-6, kl_coef=1e-4, clip_low=0.2, clip_high=0.2, dynamic_sampling=True, advantage_norm="std",
-            loss_norm="group")
-# file: (GPUs in its command, hidden, layers, heads, key-value heads, MLP, vocabulary, tied head, parameters), what the paper states
+NTHR = dict(variant="nthr", nthr_eta=None, prompts_per_step=256, prompts_per_update=64, kl_coef=1e-4, clip_low=0.2,
+            clip_high=0.2, dynamic_sampling=True, advantage_norm="std", loss_norm="group")
+MATH = NTHR | dict(nthr_beta=1.0, temperature=1.0, learning_rate=1e-6)
+# file: (GPUs in its command, hidden, layers, heads, key-value heads, MLP, vocabulary, tied head, parameters), and what the paper
+# states; the rest is chosen
 PAPER = {
     "nthr_math": ((4, 1536, 28, 12, 2, 8960, 151936, True, 1_543_714_304), MATH | dict(
         model="Qwen/Qwen2.5-Math-1.5B", dataset="math", max_steps=40, max_response_tokens=3072)),
@@ -34,12 +35,11 @@ PAPER = {
         model="Qwen/Qwen2.5-1.5B-Instruct", dataset="math", max_steps=40, max_response_tokens=4000)),
     "nthr_3b": ((4, 2048, 36, 16, 2, 11008, 151936, True, 3_085_938_688), MATH | dict(
         model="Qwen/Qwen2.5-3B", dataset="math", max_steps=40, max_response_tokens=4000)),
-    "nthr_deepseek": ((4, 1536, 28, 12, 2, 8960, 151936, False, 1_777_088_000), MATH | dict(
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", dataset="math", max_steps=35, max_response_tokens=4000,
-        temperature=0.6, nthr_beta=0.0)),
-    "dagrpo_math": ((8, 3584, 28, 28, 4, 18944, 152064, False, 7_615_616_512), dict(
-        model="Elliott/Qwen2.5-Math-7B-16k-think", dataset="openr1-math-46k-8192", variant="dagrpo", delta=3.0, anchors=1,
-        anchor_mode="replace", anchor_loss="luffy", advantage_norm="mean", loss_norm="constant", kl_coef=0.0, group_size=8,
+    "nthr_deepseek": ((4, 1536, 28, 12, 2, 8960, 151936, False, 1_777_088_000), NTHR | dict(  # lr and data set: not stated
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", max_steps=35, max_response_tokens=4000, temperature=0.6, nthr_beta=0.0)),
+    "dagrpo_math": ((8, 3584, 28, 28, 4, 18944, 152064, False, 7_615_616_512), dict(  # model: LUFFY's 16k form of the paper's
+        dataset="openr1-math-46k-8192", variant="dagrpo", delta=3.0, anchors=1, anchor_mode="replace", advantage_norm="mean", loss_norm="constant",
+        kl_coef=0.0, group_size=8,
         prompts_per_step=128, prompts_per_update=64, learning_rate=1e-6, max_steps=500, max_response_tokens=8192,
         temperature=1.0, judge_model="gpt-4o")),
 }
@@ -55,18 +55,20 @@ def load(name):
 
 
 def fits(settings, shape):
-    """(estimate_memory's dict, {card: GiB left for vLLM's keys and values, or None}): of one GPU, None where it does not fit."""
+    """(estimate_memory's dict, {card: GiB left, or None}): of one GPU; left for vLLM's keys and values and its own activations,
+    None where an update does not fit, or not one group at its longest."""
     ranks, hidden, layers, heads, kv_heads, mlp, vocab, tied, params = shape
     config = Qwen2Config(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
                          intermediate_size=mlp, vocab_size=vocab, tie_word_embeddings=tied)
-    memory = estimate_memory(config, ranks, settings["parallel"], 4, 2, settings["reference"] if settings["kl_coef"] else None,
-                             settings["tokens_per_micro_batch"], settings["activation_checkpointing"])
-    counted = memory["weights"] * 2**30 / 4 * (ranks if settings["parallel"] == "fsdp" else 1)
+    masters = dict(float32=4, bfloat16=2)[settings["param_dtype"]]
+    memory = estimate_memory(config, ranks, settings["parallel"], masters, 2, settings["reference"] if settings["kl_coef"] else
+                             None, settings["tokens_per_micro_batch"], settings["activation_checkpointing"])
+    counted = memory["weights"] * 2**30 / masters * (ranks if settings["parallel"] == "fsdp" else 1)
     assert round(counted) == params, (counted, params)
     engine = 2 * params / 2**30
     token = 2 * 2 * layers * kv_heads * hidden // heads                                             # bytes of keys and values
     group = settings["group_size"] * (settings["max_response_tokens"] + 512) * token / 2**30        # a group, at its longest
-    left = {card: gib - RESERVE - memory["held"] - engine for card, gib in CARDS.items()}
+    left = {card: min(0.9 * gib, gib - RESERVE - memory["held"]) - engine for card, gib in CARDS.items()}
     return memory, {card: kv if kv > group and memory["peak"] < CARDS[card] - RESERVE else None for card, kv in left.items()}
 
 

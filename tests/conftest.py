@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,16 @@ def run():
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
                 port = s.getsockname()[1]
+        logs = [tempfile.TemporaryFile("w+") for _ in nodes]  # a pipe that nobody empties would stop both
         others = [subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--node_rank={i}", "--nproc_per_node=1",
              "--master_addr=127.0.0.1", f"--master_port={port}", script, *map(str, args), *map(str, own)],
-            cwd=ROOT, env=clean | env | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            cwd=ROOT, env=clean | env | {"OMP_NUM_THREADS": "1"}, text=True, stdout=logs[i], stderr=subprocess.STDOUT)
             for i, own in enumerate(nodes)]
         if nodes:
-            outputs = [p.communicate()[0] for p in others]
-            assert all(p.returncode == 0 for p in others), "".join(out[-4000:] for out in outputs)
+            codes = [p.wait() for p in others]
+            outputs = [log.seek(0) or log.read() for log in logs]
+            assert codes == [0] * len(nodes), "".join(out[-4000:] for out in outputs)
             return outputs
         done = subprocess.run(launcher + [script, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
                               env=clean | env)

@@ -1,4 +1,5 @@
 """Packing, log-probabilities and checkpoints against plain transformers forwards of the real model."""
+import gzip
 import json
 import os
 
@@ -11,7 +12,7 @@ import model_utils
 from model_utils import (HeadLogprob, Policy, balance, check_checkpoint, checkpoints, common_prefix, estimate_memory, load_policy,
                          make_optimizer, newest_checkpoint, optimizer_step, pack, pack_all, packed_attention,
                          plan_micro_batches, prefetch, splits_groups)
-from runs import open_run
+from runs import open_run, write_profile
 
 CPU = torch.device("cpu")
 
@@ -322,6 +323,16 @@ def test_broken_checkpoints_are_passed_over(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: ") == 5
     (paths[0] / "model.safetensors").unlink()
     assert newest_checkpoint(str(tmp_path)) is None and len(checkpoints(str(tmp_path))) == 6
+
+
+def test_a_profile_is_written_and_printed(tmp_path, capsys):
+    profiler = torch.profiler.profile(acc_events=True)
+    profiler.start()
+    torch.ones(300, 300) @ torch.ones(300, 300)
+    write_profile(profiler, str(tmp_path))
+    assert "aten::mm" in capsys.readouterr().out and "aten::mm" in (tmp_path / "profile.txt").read_text()
+    with gzip.open(tmp_path / "trace.json.gz") as f:
+        assert any(e.get("name") == "aten::mm" for e in json.load(f)["traceEvents"])
 
 
 def test_open_run_loses_nothing(tmp_path):

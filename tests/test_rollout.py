@@ -124,7 +124,7 @@ def test_dynamic_sampling_accepts_in_order(world):
     totals = []
     same = lambda g, h: g["problem"] == h["problem"] and all(map(np.array_equal, g["responses"], h["responses"]))
     for want, oversample, streaming, seqs in ((1, 4.0, True, 256), (4, 1.0, True, 256), (4, 3.0, True, 8), (3, np.inf, True, 8),
-                                              (5, 1.5, False, 256)):
+                                              (5, 1.5, False, 256), (2, np.inf, False, 8)):
         limits = engine.llm_engine.vllm_config.scheduler_config
         kept, limits.max_num_seqs = limits.max_num_seqs, seqs
         groups, sampled, position, wasted = rollout.sample_batch(

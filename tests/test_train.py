@@ -156,8 +156,8 @@ def test_a_step_does_not_depend_on_what_is_computed_together(run, tmp_path):
     few, every = steps
     assert 0 < few["train/tokens"] < every["train/tokens"] == every["rollout/response_tokens"] == few["rollout/response_tokens"]
     assert few["train/grad_norm"] > 0 and few["nthr/eta"] > 0
-    for key in ("train/loss", "train/grad_norm", "nthr/tau", "nthr/s_selected"):
-        assert every[key] == pytest.approx(few[key], rel=2e-2, abs=1e-5), key
+    for key, rel in (("train/loss", 1e-3), ("train/grad_norm", 1e-3), ("nthr/tau", 2e-2), ("nthr/s_selected", 2e-2)):
+        assert every[key] == pytest.approx(few[key], rel=rel, abs=1e-6), key
 
 
 def test_gradients_are_the_same_on_one_rank_and_two(run, tmp_path):
@@ -168,6 +168,13 @@ def test_gradients_are_the_same_on_one_rank_and_two(run, tmp_path):
     assert want[0] > 0 and len(want) > 3
     for got in others:
         assert got == pytest.approx(want, rel=2e-3)
+
+
+def test_streaming_accepts_the_same_on_one_rank_and_two(run):
+    """tests/sampling.py prints how many groups were accepted, where the data stand then, and a hash of all responses."""
+    one, two = ([line for line in run("tests/sampling.py", ranks=n).stdout.splitlines() if line.startswith("SAMPLED")]
+                for n in (0, 2))
+    assert one == two and one[0].split()[1] == "3"
 
 
 def write(path, text):
@@ -221,13 +228,14 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--anchors=1", f"--demos={write(tmp_path / 'no.jsonl', good)}"], "no.jsonl, line 1: 'solution' is missing"),
         (["--anchors=1", f"--demos={write(tmp_path / 'wrong.jsonl', json.dumps({'problem': '10 + 10', 'solution': 'y'}))}"],
          "demos: all 1 demonstrations are wrong"),
-        (["--tp=2"], "tp: 2 does not divide the 1 ranks"),
+        (["--tp=2"], "tp: 2 does not divide the 1 ranks of a machine"),
         (["--tis_cap=2", "--old_logp=rollout"], "tis_cap: 2.0 has nothing to correct"),
         (["--old_logp=vllm"], "trainer, rollout"),
         (["--reference=cpu"], "resident, offload, shard"),
         (["--param_dtype=float16"], "param_dtype"),
         (["--gpu_memory_utilization=2"], "gpu_memory_utilization"),
         (["--compile"], "compile: needs CUDA"),
+        (["--sleep_level=3"], "sleep_level: 3 is none of 0, 1, 2"),
         (["--profile", "--max_steps=2"], "profile: traces the second and third step"),
         (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
