@@ -140,6 +140,13 @@ def test_dynamic_sampling_accepts_in_order(world):
     assert totals[0] > 0
 
 
+def test_dynamic_sampling_is_the_same_on_one_rank_and_two(world, run):
+    import sampling
+    accepted, position, digest = sampling.sample(*world[:2])
+    assert accepted == 3 and position > 6
+    assert f"SAMPLED {accepted} {position} {digest}\n" in run("tests/sampling.py", ranks=2).stdout
+
+
 def test_dynamic_sampling_has_a_limit(world):
     engine, tok, rows, prompts, _ = world
     args = dict(n=4, temperature=1.0, max_response_tokens=24, oversample=1.0)
