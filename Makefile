@@ -31,7 +31,7 @@ race: $(MODEL)/config.json .venv-race/ready
 .venv-race/ready:
 	$(PYTHON) -m venv .venv-race
 	.venv-race/bin/python -m pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 numpy tqdm 'math-verify[antlr4_13_2]==0.9.0'
-	if nvidia-smi >/dev/null 2>&1; then .venv-race/bin/python -m pip install vllm==0.32.0 || true; fi
+	if nvidia-smi >/dev/null 2>&1; then .venv-race/bin/python -m pip install vllm==0.32.0; fi
 	touch $@
 
 configs-check: .venv/ready

@@ -88,7 +88,8 @@ def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2
     """The loss of tokens (N,), a weighted sum over them: clipped surrogate, and kl_coef times KL to the reference model.
 
     weights: token_weights. importance (N,): truncated_importance, times the surrogate alone. anchor (N,) bool: tokens of
-    demonstrations, which the policy did not sample; theirs is anchor_loss, without KL and importance. Returns (loss (), clipped (N,), kl (N,)); both 0 for anchors, kl also without ref_logp.
+    demonstrations, which the policy did not sample; theirs is anchor_loss, without KL and importance. Returns (loss (), clipped (N,),
+    kl (N,)); the last two 0 for anchors, kl also without ref_logp.
     """
     if anchor is not None:  # ratios of 1: nothing to clip, no KL, nothing to overflow
         old_logp = torch.where(anchor, logp.detach(), old_logp)
@@ -184,9 +185,9 @@ def influence(h, targets, lse, head, source, temperature=1.0, vocab="response", 
 def nthr_select(s, rewards, response, group, beta=1.0, groups=None):
     """Tokens of incorrect responses with s > tau = beta x min over correct i' of mean s ([NTHR] eq. 8, 9, Algorithm 1).
 
-    s (N,), rewards (B,); groups: M, None to look it up. Returns (selected (N,) bool, tau (M,)). The minimum runs over the group's correct responses, the
-    sum in s over all of them, i' itself included, as in the formulas. tau may be negative. beta=-inf selects every
-    incorrect token; a group without a correct response selects none (tau = inf).
+    s (N,), rewards (B,); groups: M, None to look it up. Returns (selected (N,) bool, tau (M,)). The minimum runs over the
+    group's correct responses, the sum in s over all of them, i' itself included, as in the formulas. tau may be negative. beta=-inf
+    selects every incorrect token; a group without a correct response selects none (tau = inf).
     """
     if groups is None:
         groups = int(group[-1]) + 1 if len(group) else 0

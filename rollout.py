@@ -145,8 +145,10 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
     anchors: "replace" or "add": a demonstration joins every group whose problem has one (row["anchor"], see verify_demos),
     in place of a rollout or as one more response, before the group is accepted or not; hard_only: only groups without a
     correct rollout. end: end_token. seeded: every response has its own seed, so that it depends on nothing sampled beside it;
-    on CUDA vLLM needs that: its own draws there do not follow torch's generator, and are the same on every rank. All ranks call together and get the same: (accepted groups, the groups looked at, new position,
-    tokens sampled in vain, all ranks).
+    on CUDA vLLM needs that: its own draws there do not follow torch's generator, and are the same on every rank.
+
+    All ranks call together and get the same: (accepted groups, the groups looked at, new position, tokens sampled in vain,
+    all ranks).
     """
     import torch
     import torch.distributed as dist

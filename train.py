@@ -116,7 +116,8 @@ ETAS = ("2|0.5-p|", "p", "1-p")
 for key, known in (("variant", VARIANTS), ("parallel", ("ddp", "fsdp")), ("nthr_vocab", ("response", "full")),
                    ("advantage_norm", ("std", "mean")), ("loss_norm", ("group", "token", "constant")),
                    ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES), ("param_dtype", DTYPES[1:]), ("anchors", (0, 1)),
-                   ("sleep_level", (0, 1, 2)), ("old_logp", ("trainer", "rollout")), ("reference", ("resident", "offload", "shard")),
+                   ("sleep_level", (0, 1, 2)), ("old_logp", ("trainer", "rollout")),
+                   ("reference", ("resident", "offload", "shard")),
                    ("anchor_mode", ("replace", "add")), ("anchor_loss", ("luffy", "logp"))):
     if config[key] not in known:
         die(f"{key}: {config[key]!r} is none of {', '.join(map(str, known))}")
@@ -390,7 +391,8 @@ while True:
         for g in groups:
             g["scores"] = np.full(len(g["rewards"]), np.nan, dtype=np.float32)
         name = names[0] if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
-        judge_counts = judge_all_ranks([g for g in groups if g["rewards"].min() < g["rewards"].max()], judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
+        mixed = [g for g in groups if g["rewards"].min() < g["rewards"].max()]  # the others have no use for scores
+        judge_counts = judge_all_ranks(mixed, judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
                                        judge_retries)
     sleep_engine(engine, sleep_level)
     lap("judge" if judged else "rollout")

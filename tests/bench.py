@@ -1,4 +1,5 @@
-"""What NTHR costs, and what shared prompts save: make bench, or python tests/bench.py --part=head --tokens='(512, 1024)'. Prints tables; asserts nothing.
+"""What NTHR costs, and what shared prompts save: make bench, or python tests/bench.py --part=head --tokens='(512, 1024)'.
+Prints tables; asserts nothing.
 
 Part "step": one trainer step (forward and backward, no rollout) of the quickstart model by variant, in one process, the
 variants in turn. Part "head": a Qwen2.5-1.5B-shaped head (V 151,936, d 1,536, random weights) by number of tokens: its

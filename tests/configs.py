@@ -36,12 +36,13 @@ PAPER = {
     "nthr_3b": ((4, 2048, 36, 16, 2, 11008, 151936, True, 3_085_938_688), MATH | dict(
         model="Qwen/Qwen2.5-3B", dataset="math", max_steps=40, max_response_tokens=4000)),
     "nthr_deepseek": ((4, 1536, 28, 12, 2, 8960, 151936, False, 1_777_088_000), NTHR | dict(  # lr and data set: not stated
-        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", max_steps=35, max_response_tokens=4000, temperature=0.6, nthr_beta=0.0)),
+        model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", max_steps=35, max_response_tokens=4000, temperature=0.6,
+        nthr_beta=0.0)),
     "dagrpo_math": ((8, 3584, 28, 28, 4, 18944, 152064, False, 7_615_616_512), dict(  # model: LUFFY's 16k form of the paper's
-        dataset="openr1-math-46k-8192", variant="dagrpo", delta=3.0, anchors=1, anchor_mode="replace", advantage_norm="mean", loss_norm="constant",
-        kl_coef=0.0, group_size=8,
-        prompts_per_step=128, prompts_per_update=64, learning_rate=1e-6, max_steps=500, max_response_tokens=8192,
-        temperature=1.0, judge_model="gpt-4o")),
+        dataset="openr1-math-46k-8192", variant="dagrpo", delta=3.0, anchors=1, anchor_mode="replace",
+        advantage_norm="mean", loss_norm="constant", kl_coef=0.0, group_size=8, prompts_per_step=128,
+        prompts_per_update=64, learning_rate=1e-6, max_steps=500, max_response_tokens=8192, temperature=1.0,
+        judge_model="gpt-4o")),
 }
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, save_config
 from grader import grade_all
 
-if len(sys.argv) != 2:
+if len(sys.argv) != 2 or not os.path.isfile(sys.argv[1]):
     die("one argument is needed, the specification that race.py writes")
 with open(sys.argv[1], encoding="utf-8") as f:
     spec = json.load(f)
@@ -143,8 +143,12 @@ tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
 if tokenizer(text=spec["texts"])["input_ids"] != spec["ids"]:
     die("TRL's tokens of the prompts are not train.py's")
 open(os.path.join(spec["out_dir"], "samples.jsonl"), "w").close()
+try:
+    arguments = GRPOConfig(**options)
+except (TypeError, ValueError) as e:
+    die(f"trl_options: {e}")
 trainer = GRPOTrainer(
-    spec["model"], correct, GRPOConfig(**options), processing_class=tokenizer, callbacks=[Steps()],
+    spec["model"], correct, arguments, processing_class=tokenizer, callbacks=[Steps()],
     train_dataset=Dataset.from_dict(dict(prompt=spec["texts"], row=list(range(len(spec["texts"]))))))
 for name, phase in (("training_step", "backward"), ("compute_loss", "forward"), ("_prepare_inputs", "rollout"),
                     ("_calculate_rewards", "reward"), ("_get_per_token_logps_and_entropies", "forward")):

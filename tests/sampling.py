@@ -17,7 +17,8 @@ MODEL = "models/SmolLM2-135M-Instruct"
 
 def sample(engine, tokenizer):
     """(groups accepted, position, hash of all responses looked at), the same on all ranks."""
-    rows = [dict(problem=f"{a} + {b}", answer=str(a + b)) for a, b in ((12, 11), (7, 5), (31, 20), (10, 14), (21, 8), (40, 30), (5, 3))]
+    pairs = ((12, 11), (7, 5), (31, 20), (10, 14), (21, 8), (40, 30), (5, 3))
+    rows = [dict(problem=f"{a} + {b}", answer=str(a + b)) for a, b in pairs]
     groups, sampled, position, wasted = rollout.sample_batch(
         engine, tokenizer, rows, encode_prompts(tokenizer, rows, "arithmetic"), 3, 0, prompts_per_step=3, oversample=2.0,
         max_prompts=20, keep_all=False, n=4, temperature=1.0, max_response_tokens=24, seeded=True)
