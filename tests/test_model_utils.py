@@ -75,16 +75,22 @@ def text_groups(model_dir):
                  responses=[np.array(tok(r)["input_ids"], dtype=np.int32) for r in rs]) for p, rs in texts]
 
 
+@pytest.fixture(scope="module")
+def alone(plain, text_groups):
+    with torch.no_grad():
+        return one_by_one(plain, text_groups, 0.7)
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("budget", [12, 40, 70, 10_000])
-def test_packed_logprobs_are_those_of_single_sequences(policy, plain, text_groups, budget, share):
+def test_packed_logprobs_are_those_of_single_sequences(policy, alone, text_groups, budget, share):
     groups = text_groups
     assert groups[0]["responses"][0][-1] == 2 == policy.model.config.pad_token_id  # end of sequence = pad: it counts
     batches = pack_all(groups, plan_micro_batches(groups, budget, share), CPU, share_prompts=share)
     assert any(b.prefix for b in batches) == (share and budget > 40)
     with torch.no_grad():
         got = [policy(b, 0.7) for b in batches]
-        want_logp, want_entropy = one_by_one(plain, groups, 0.7)
+    want_logp, want_entropy = alone
     assert sum(b.span.stop - b.span.start for b in batches) == len(want_logp) == sum(len(r) for g in groups for r in g["responses"])
     assert [b.span.start for b in batches[1:]] == [b.span.stop for b in batches[:-1]]
     assert (torch.cat([g[0] for g in got]) - want_logp).abs().max() < 1e-4
