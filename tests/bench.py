@@ -106,7 +106,7 @@ def prompts():
     policy = model_utils.load_policy(model, dtype, device)
     print(f"\nprompts computed once or with every response, {model}, forward and backward pass, {dtype}, {device}")
     print(f"{'groups':>6} {'responses':>9} {'prompt':>6} {'response':>8} | {'packed tokens':>15} | {'seconds':>13} | {'gain':>5}")
-    for shape in ((groups, group_size, prompt_tokens - 12, 12, response_tokens), (1, 8, 0, 100, 200), (1, 8, 0, 100, 400)):
+    for shape in ((groups, group_size, prompt_tokens - 12, 12, response_tokens), (1, 8, 0, 100, 100)):
         made = make_groups(*shape)
 
         def packed(share):
