@@ -127,6 +127,11 @@ def generate_all_ranks(engine, tokenizer, problems, prompts, n, tensor_parallel=
     return [shares[i % engines * tensor_parallel][i // engines] for i in range(len(problems))]
 
 
+def mixed(group):
+    """True if some responses are right and some wrong: without that a group has no advantages, and no signal."""
+    return group["rewards"].min() < group["rewards"].max()
+
+
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
 
 
@@ -185,7 +190,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
         """Take in what the grader has been given; only here, so that every run sees it at the same point."""
         for i, g in grading.result().items() if grading else ():
             groups[i] = g
-            state[i] = 2 if keep_all or 0 < g["rewards"].mean() < 1 else 1
+            state[i] = 2 if keep_all or mixed(g) else 1
 
     engine.reset_prefix_cache()  # never another policy's keys and values
     with ThreadPoolExecutor(1) as grader:  # while the engine goes on; what it finds is known at the next look

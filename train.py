@@ -104,7 +104,8 @@ config = configure(globals())
 # ---------------------------------------------------------------------------------------------------------------------
 # refuse bad input before anything large is loaded
 
-from rollout import accuracy, build_engine, generate_all_ranks, sample_batch, sleep_engine, sync_weights  # before torch
+from rollout import (accuracy, build_engine, generate_all_ranks, mixed, sample_batch, sleep_engine,
+                     sync_weights)  # before torch: it sets its threads
 from data import (check_lengths, drop_evaluated, encode_prompts, end_token, load_demos, load_problems, load_tokenizer, splits,
                   verify_demos)
 from judge import ask_engine, ask_server, judge_all_ranks, judge_prompt, open_server, read_cache
@@ -391,9 +392,8 @@ while True:
         for g in groups:
             g["scores"] = np.full(len(g["rewards"]), np.nan, dtype=np.float32)
         name = names[0] if served else f"self {fingerprint(policy.model)}" if judge == "self" else ""
-        mixed = [g for g in groups if g["rewards"].min() < g["rewards"].max()]  # the others have no use for scores
-        judge_counts = judge_all_ranks(mixed, judge, ask, name, scores_known, os.path.join(out_dir, f"judge_{rank}.jsonl"),
-                                       judge_retries)
+        judge_counts = judge_all_ranks(list(filter(mixed, groups)), judge, ask, name, scores_known,  # others need no scores
+                                       os.path.join(out_dir, f"judge_{rank}.jsonl"), judge_retries)
     sleep_engine(engine, sleep_level)
     lap("judge" if judged else "rollout")
 
@@ -402,8 +402,7 @@ while True:
     for first in range(0, len(groups), prompts_per_update):
         chunk = groups[first:first + prompts_per_update]
         # all right or all wrong: they count in the loss, but without KL have no gradient, and nothing is computed for them
-        idle = [g for g in chunk if not kl_coef and g["rewards"].min() == g["rewards"].max()]
-        live = [g for g in chunk if kl_coef or g["rewards"].min() < g["rewards"].max()]
+        live = [g for g in chunk if kl_coef or mixed(g)]
         shares = [[live[i] for i in share] for share in balance(live, world_size)]
         plans = [plan_micro_batches(share, tokens_per_micro_batch, share_prompts) for share in shares]
         mine = shares[rank]
@@ -423,7 +422,7 @@ while True:
         advantages = advantages * torch.where(rewards == 1, pos_weight, neg_weight)
         rollout_logp = np.concatenate([l for g in mine for l in g["logprobs"]] or [np.empty(0, "f4")])
         update = dict(
-            groups=mine, idle=idle, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
+            groups=mine, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
             is_anchor=is_anchor, margins=margins, lam=lam,
             first_response=np.cumsum([0] + sizes).tolist(),                                        # (M+1,), of each group
             first_token=np.cumsum([0] + [sum(len(r) for r in g["responses"]) for g in mine]).tolist(),
@@ -586,9 +585,9 @@ while True:
                    [dict(score=finite(s), margin=finite(m), kept=k) for u in updates for s, m, k in zip(
                        [s for g in u["groups"] for s in g["scores"].tolist()], u["margins"].tolist(), u["lam"].tolist())]
                    if judged else itertools.repeat({}))
-        unmixed = (((g, i), 0.0, {}) for u in updates for g in u["idle"] for i in range(len(g["responses"])))
+        idle = (((g, i), 0.0, {}) for g in groups if not (kl_coef or mixed(g)) for i in range(len(g["responses"])))
         place = {id(g): i for i, g in enumerate(groups)}
-        flat = sorted([*flat, *unmixed], key=lambda x: place[id(x[0][0])])  # in the order of issue
+        flat = sorted([*flat, *idle], key=lambda x: place[id(x[0][0])])  # in the order of issue
         log(row, [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
                        response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a, truncated=bool(g["truncated"][i]),
                        anchor=bool(g["anchor"][i]), **judgement)
