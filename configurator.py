@@ -13,6 +13,7 @@ import ast
 import builtins
 import difflib
 import json
+import math
 import os
 import sys
 
@@ -142,6 +143,33 @@ def configure(script_globals, argv=None):
     print0("config: " + (", ".join(f"{k}={v!r}" for k, v in changed.items()) or "all defaults"))
     script_globals.update(settings)
     return settings
+
+
+def check(settings, known, above_zero, not_negative):
+    """End the program if a setting has a value that no run can use; nan never is one.
+
+    known: {key: the values it may have}, a tuple's items one by one; the type float among them stands for any number.
+    above_zero, not_negative: keys of numbers.
+    """
+    for key, values in known.items():
+        for value in settings[key] if isinstance(settings[key], tuple) else (settings[key],):
+            number = float in values and isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number and value not in values:
+                die(f"{key}: {value!r} is none of {', '.join('a number' if v is float else str(v) for v in values)}")
+    for key, value in settings.items():
+        if isinstance(value, float) and math.isnan(value):
+            die(f"{key}: nan is not a number")
+        if key in above_zero and not value > 0:
+            die(f"{key}: {value} is too small")
+        if key in not_negative and value < 0:
+            die(f"{key}: {value} is negative")
+
+
+def check_tp(tp):
+    """End the program unless `tp` ranks of a machine can share an engine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks % tp:
+        die(f"tp: {tp} does not divide the {ranks} ranks of a machine")
 
 
 def write_whole(path, text):

@@ -19,7 +19,7 @@ import sys
 
 import numpy as np
 
-from configurator import configure, die, is_rank0, print0, save_config, write_whole
+from configurator import check, check_tp, configure, die, is_rank0, print0, save_config, write_whole
 from grader import vote
 from rollout import build_engine, generate_all_ranks, load_weights, write_jsonl  # before torch: it sets its threads
 from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
@@ -415,14 +415,8 @@ if __name__ == "__main__":
             die(f"{key}: {config[key]!r} is not a positive number")
     if temperature is not None and (isinstance(temperature, (bool, str)) or temperature < 0) or not 0 < top_p <= 1:
         die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        die(f"dtype: {dtype!r} is none of auto, float32, bfloat16")
-    if seed < 0:
-        die(f"seed: {seed} is negative")
-    if protocol is not None and protocol not in PROTOCOLS:
-        die(f"protocol: {protocol!r} is none of {', '.join(PROTOCOLS)}")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % tp:
-        die(f"tp: {tp} does not divide the {os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks of a machine")
+    check(config, dict(dtype=("auto", "float32", "bfloat16"), protocol=(None, *PROTOCOLS)), (), ("seed",))
+    check_tp(tp)
     jobs = plan([model for part in ckpt.split(",") for model in find_models(part)])
 
     import torch.distributed as dist

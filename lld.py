@@ -1,7 +1,7 @@
 """Lazy Likelihood Displacement: what one update does to the likelihood of right answers ([NTHR], arXiv 2505.18830, sec. 4, 5).
 
     python lld.py config/lld_quickstart.py                     SmolLM2-135M on two-digit arithmetic, 2 CPU cores: make lld
-    torchrun --nproc_per_node=4 lld.py config/lld_math.py      the questions split over four GPUs
+    torchrun --nproc_per_node=4 lld.py config/lld_qwen15b_math.py    the questions split over four GPUs
     python lld.py config/lld_quickstart.py --optimizer=sgd --learning_rate=1e-2 --out_dir=out/lld_sgd
 
 For each question with right and wrong responses and each variant: theta is what it was, takes ONE update on this question
@@ -15,7 +15,7 @@ import json
 import math
 import os
 
-from configurator import configure, die, is_rank0, print0, save_config, write_whole
+from configurator import check, configure, die, is_rank0, print0, save_config, write_whole
 from rollout import build_engine, sample_batch, sleep_engine, write_jsonl  # before torch: it sets its threads
 from data import check_lengths, encode_prompts, load_problems, load_tokenizer
 
@@ -59,26 +59,17 @@ pages = 8                     # questions in tokens.html, those of smallest Delt
 
 config = configure(globals())
 
-KNOWN = dict(variants=("grpo", "pos_only", "random", "nthr"), optimizer=("adamw", "sgd"), nthr_vocab=("response", "full"),
-             split=("train", "test"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"),
-             compute_dtype=("auto", "float32", "bfloat16"), rollout_dtype=("auto", "float32", "bfloat16"))
-for key, known in KNOWN.items():
-    for value in config[key] if key == "variants" else (config[key],):
-        if value not in known:
-            die(f"{key}: {value!r} is none of {', '.join(known)}")
+DTYPES = ("auto", "float32", "bfloat16")
+check(config, dict(variants=("grpo", "pos_only", "random", "nthr"), optimizer=("adamw", "sgd"), nthr_vocab=("response", "full"),
+                   split=("train", "test"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"),
+                   nthr_eta=("2|0.5-p|", "p", "1-p", float), compute_dtype=DTYPES, rollout_dtype=DTYPES),
+      above_zero=("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch",
+                  "max_num_seqs"),
+      not_negative=("seed", "grad_clip", "weight_decay", "pages"))
 if not variants:
     die("variants: none given")
-if nthr_eta not in ("2|0.5-p|", "p", "1-p") and (isinstance(nthr_eta, bool) or not isinstance(nthr_eta, (int, float))):
-    die(f"nthr_eta: {nthr_eta!r} is neither a number nor one of 2|0.5-p|, p, 1-p")
-if math.isnan(nthr_beta) or nthr_beta == math.inf:
-    die(f"nthr_beta: {nthr_beta} is neither a number nor -inf")
-for key in ("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch",
-            "max_num_seqs"):
-    if not config[key] > 0:
-        die(f"{key}: {config[key]} is too small")
-for key in ("seed", "grad_clip", "weight_decay", "pages"):
-    if config[key] < 0:
-        die(f"{key}: {config[key]} is negative")
+if nthr_beta == math.inf:
+    die("nthr_beta: inf selects nothing; -inf all")
 if group_size < 2 or oversample < 1:
     die(f"group_size: {group_size}, oversample: {oversample}: at least 2 and 1")
 if os.path.exists(out_dir) and not os.path.isdir(out_dir):

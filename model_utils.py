@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from configurator import is_rank0, print0, save_config
+from configurator import die, is_rank0, print0, save_config
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -544,6 +544,19 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
     # an offloaded reference model is here for its own pass, when there are no gradients and activations yet
     peak = sum(out.values()) - (out["reference"] if reference == "offload" else 0)
     return {k: v / 2**30 for k, v in (out | {"held": held, "peak": peak}).items()}
+
+
+def vllm_share(device, sleep_level, memory):
+    """gpu_memory_utilization: the share of a GPU that training, which takes `memory` (estimate_memory), leaves for vLLM; the
+    end of the program if that is too little. sleep_level 0: vLLM keeps its memory while training."""
+    card = torch.cuda.get_device_properties(device).total_memory / 2**30
+    left = card - 3 - memory["held" if sleep_level else "peak"]  # 3 GiB: CUDA context, vLLM's graphs, fragments
+    print0(f"memory, GiB of {card:.0f}: trainer {memory['held']:.1f}, in an update {memory['peak']:.1f}; vLLM {left:.1f}")
+    if left < 1 or memory["peak"] > card - 3:
+        die(f"tokens_per_micro_batch, parallel, activation_checkpointing, reference: of the GPU's {card:.0f} GiB an update needs "
+            f"about {memory['peak']:.0f}, and {memory['held']:.0f} stay while vLLM samples: " + ", ".join(
+                f"{k} {v:.1f}" for k, v in memory.items() if k not in ("held", "peak")))
+    return min(0.9, left / card)
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,

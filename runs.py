@@ -1,6 +1,8 @@
-"""A run's folder: its files and those of earlier runs, its picture, its profile."""
+"""A run's folder: its files and those of earlier runs, its log, its picture, its profile."""
 import glob
+import itertools
 import json
+import math
 import os
 import shutil
 
@@ -40,6 +42,65 @@ def open_run(out_dir, resumed_step=None):
             os.makedirs(old, exist_ok=True)
             shutil.copy(path, old)
             write_whole(path, "".join(kept))
+
+
+def open_log(out_dir, config, first_step, wandb_project=None):
+    """A function log(row, samples=()) that appends a row to metrics.jsonl, TensorBoard and W&B, and rows to samples.jsonl.
+
+    TensorBoard's rows after first_step, of a run that is resumed there, are forgotten. Rank 0.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=first_step)
+    except ImportError:
+        writer = None
+    if wandb_project:
+        import wandb
+        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+
+    def log(row, samples=()):
+        for name, rows in (("metrics.jsonl", [row]), ("samples.jsonl", samples)):
+            with open(os.path.join(out_dir, name), "a") as f:
+                f.writelines(json.dumps(r) + "\n" for r in rows)
+        for key, value in row.items():
+            if writer and key != "step":
+                writer.add_scalar(key, value, row["step"])
+        if wandb_project:
+            wandb.log(row, step=row["step"])
+
+    return log
+
+
+def sample_rows(step, groups, tokenizer, count):
+    """Rows of samples.jsonl: the first `count` responses of the groups whose `advantages` this rank knows; of judged groups
+    with the judge's score, the margin and whether the response was kept (`scores`, `margins`, `lam`)."""
+    def finite(x):
+        return float(x) if math.isfinite(x) else None  # JSON has no nan
+
+    responses = ((g, i) for g in groups if "advantages" in g for i in range(len(g["responses"])))
+    return [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
+                 response=g["texts"][i], reward=float(g["rewards"][i]), advantage=float(g["advantages"][i]),
+                 truncated=bool(g["truncated"][i]), anchor=bool(g["anchor"][i]),
+                 **(dict(score=finite(g["scores"][i]), margin=finite(g["margins"][i]), kept=float(g["lam"][i])) if "lam" in g else {}))
+            for g, i in itertools.islice(responses, count)]
+
+
+def step_line(row):
+    """A step's figures as train.py prints them."""
+    extra = ""
+    if "judge/failed" in row:
+        extra += f" judge failed {row['judge/failed']},"
+    if "dagrpo/lambda_pos" in row:
+        extra += (f" lambda +{row['dagrpo/lambda_pos']:.2f} -{row['dagrpo/lambda_neg']:.2f}, groups masked "
+                  f"{row['dagrpo/fully_masked']:.2f},")
+    if "anchor/logp" in row:
+        extra += f" anchors {row['anchor/groups']} (hard {row['anchor/hard']:.2f}) logp {row['anchor/logp']:.2f},"
+    phases = " ".join(f"{k[5:]} {v:.1f}" for k, v in row.items() if k.startswith("time/"))
+    return (f"step {row['step']}: accuracy {row['reward/accuracy']:.3f}, {row['rollout/groups_kept']}/{row['rollout/groups_sampled']} "
+            f"groups, {row['rollout/response_tokens']} tokens, length {row['rollout/mean_length']:.1f}, truncated "
+            f"{row['rollout/truncated']:.2f}, entropy {row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad "
+            f"{row['train/grad_norm']:.2f}, clip {row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap "
+            f"{row['gap/mean']:.1e}/{row['gap/max']:.1e}, wasted {row['rollout/tokens_wasted']},{extra} s: {phases}")
 
 
 def read_metrics(out_dir):

@@ -8,15 +8,13 @@ A step: sample groups of responses through vLLM, grade them, keep the groups wit
 on them, push the weights to vLLM. Settings are the globals below; config files and flags override them (configurator.py).
 """
 import contextlib
-import itertools
-import json
 import math
 import os
 import resource
 import time
 from functools import partial
 
-from configurator import configure, die, is_rank0, print0, save_config
+from configurator import check, check_tp, configure, die, is_rank0, print0, save_config
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -110,34 +108,26 @@ from data import (check_lengths, drop_evaluated, encode_prompts, end_token, load
                   verify_demos)
 from judge import ask_engine, ask_server, judge_all_ranks, judge_prompt, open_server, read_cache
 
-DTYPES = ("auto", "float32", "bfloat16")
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
-VARIANTS = ("grpo", "pos_only", "random", "nthr", "dagrpo")
-ETAS = ("2|0.5-p|", "p", "1-p")
-for key, known in (("variant", VARIANTS), ("parallel", ("ddp", "fsdp")), ("nthr_vocab", ("response", "full")),
-                   ("advantage_norm", ("std", "mean")), ("loss_norm", ("group", "token", "constant")),
-                   ("compute_dtype", DTYPES), ("rollout_dtype", DTYPES), ("param_dtype", DTYPES[1:]), ("anchors", (0, 1)),
-                   ("sleep_level", (0, 1, 2)), ("old_logp", ("trainer", "rollout")),
-                   ("reference", ("resident", "offload", "shard")),
-                   ("anchor_mode", ("replace", "add")), ("anchor_loss", ("luffy", "logp"))):
-    if config[key] not in known:
-        die(f"{key}: {config[key]!r} is none of {', '.join(map(str, known))}")
-eta = "2|0.5-p|" if nthr_eta is None else nthr_eta
-if eta not in ETAS and (isinstance(eta, bool) or not isinstance(eta, (int, float))):
-    die(f"nthr_eta: {eta!r} is neither a number nor one of {', '.join(ETAS)}")
-if math.isnan(nthr_beta) or nthr_beta == math.inf:
-    die(f"nthr_beta: {nthr_beta} is neither a number nor -inf")
+DTYPES = ("auto", "float32", "bfloat16")
+check(config, dict(
+    variant=("grpo", "pos_only", "random", "nthr", "dagrpo"), nthr_eta=(None, "2|0.5-p|", "p", "1-p", float),
+    nthr_vocab=("response", "full"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"),
+    old_logp=("trainer", "rollout"), reference=("resident", "offload", "shard"), parallel=("ddp", "fsdp"),
+    compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:], sleep_level=(0, 1, 2), anchors=(0, 1),
+    anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp")),
+    above_zero=("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "temperature",
+                "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs", "max_rounds",
+                "judge_tokens", "judge_timeout", "judge_concurrency", "tp"),
+    not_negative=("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
+                  "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"))
+check_tp(tp)
+if nthr_beta == math.inf:
+    die("nthr_beta: inf selects nothing; -inf all")
 if group_size < 2:
     die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
-for key in ("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "oversample",
-            "temperature", "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs",
-            "max_rounds", "judge_tokens", "judge_timeout", "judge_concurrency", "tp"):
-    if not config[key] > 0 or (key == "oversample" and oversample < 1):
-        die(f"{key}: {config[key]} is too small")
-for key in ("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
-            "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"):
-    if config[key] < 0:
-        die(f"{key}: {config[key]} is negative")
+if oversample < 1:
+    die(f"oversample: {oversample} is too small")
 for key in ("demos", "judge", "judge_model"):
     if not isinstance(config[key], (str, type(None))):
         die(f"{key}: {config[key]!r} is not a text")
@@ -148,8 +138,6 @@ if not 0 < delta <= 9:
     die(f"delta: {delta} is not in (0, 9], the differences of scores from 1 to 10")
 if tis_cap and old_logp == "rollout":
     die(f"tis_cap: {tis_cap} has nothing to correct with old_logp=rollout: pi_old is pi_rollout")
-if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % tp:
-    die(f"tp: {tp} does not divide the {os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks of a machine")
 if tp > 1 and judge == "self" and variant == "dagrpo":
     die("tp: judge=self asks an engine a rank; use 1, or another judge")
 if gpu_memory_utilization is not None and not (isinstance(gpu_memory_utilization, float) and 0 < gpu_memory_utilization < 1):
@@ -195,8 +183,8 @@ from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advan
                         truncated_importance)
 from model_utils import (balance, estimate_memory, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu,
                          newest_checkpoint, optimizer_step, pack_all, parallelize, plan_micro_batches, prefetch,
-                         save_checkpoint, setup_distributed, splits_groups)
-from runs import open_run, plot_curves, write_profile
+                         save_checkpoint, setup_distributed, splits_groups, vllm_share)
+from runs import open_log, open_run, plot_curves, sample_rows, step_line, write_profile
 
 start, start_state = None, dict(step=0, position=0)
 if resume:
@@ -214,6 +202,7 @@ if profile and max_steps < start_state["step"] + 3:
 device = setup_distributed()
 rank = dist.get_rank()
 scored = variant in ("nthr", "random")  # variants that select tokens by NTHR's scores
+eta = "2|0.5-p|" if nthr_eta is None else nthr_eta
 on_cuda = device.type == "cuda"
 if compile and not on_cuda:
     die("compile: needs CUDA; on a CPU vLLM is run without a compiler, and turns torch's off")
@@ -240,17 +229,10 @@ os.makedirs(out_dir, exist_ok=True)  # another machine's own: its ranks keep a j
 dist.barrier()
 compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
 masters = getattr(torch, param_dtype)
-if on_cuda and gpu_memory_utilization is None:  # 3 GiB: CUDA context, vLLM's graphs, fragments
-    memory = estimate_memory(hf_config, world_size, parallel, masters.itemsize, compute.itemsize,
-                             reference if kl_coef else None, tokens_per_micro_batch, activation_checkpointing)  # GiB
-    card = torch.cuda.get_device_properties(device).total_memory / 2**30
-    left = card - 3 - memory["held" if sleep_level else "peak"]
-    gpu_memory_utilization = min(0.9, left / card)
-    print0(f"memory, GiB of {card:.0f}: trainer {memory['held']:.1f}, in an update {memory['peak']:.1f}; vLLM {left:.1f}")
-    if left < 1 or memory["peak"] > card - 3:
-        die(f"tokens_per_micro_batch, parallel, activation_checkpointing, reference: of the GPU's {card:.0f} GiB an update needs "
-            f"about {memory['peak']:.0f}, and {memory['held']:.0f} stay while vLLM samples: " + ", ".join(
-                f"{k} {v:.1f}" for k, v in memory.items() if k not in ("held", "peak")))
+if on_cuda and gpu_memory_utilization is None:
+    gpu_memory_utilization = vllm_share(device, sleep_level, estimate_memory(
+        hf_config, world_size, parallel, masters.itemsize, compute.itemsize, reference if kl_coef else None,
+        tokens_per_micro_batch, activation_checkpointing))
 engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
                       gpu_memory_utilization, max_num_seqs, tp)
 if compute == torch.bfloat16:
@@ -280,28 +262,7 @@ optimizer = make_optimizer(policy, "adamw", learning_rate, adam_betas, weight_de
 if start:
     load_optimizer(start, optimizer)
     print0(f"resumed from {start}")
-writer = None
-if is_rank0():
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=start_state["step"])
-    except ImportError:
-        pass
-    if wandb_project:
-        import wandb
-        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-
-
-def log(row, samples=()):
-    """Append a row to metrics.jsonl (and TensorBoard, W&B) and rows to samples.jsonl; rank 0."""
-    for name, rows in (("metrics.jsonl", [row]), ("samples.jsonl", samples)):
-        with open(os.path.join(out_dir, name), "a") as f:
-            f.writelines(json.dumps(r) + "\n" for r in rows)
-    for key, value in row.items():
-        if writer and key != "step":
-            writer.add_scalar(key, value, row["step"])
-    if wandb_project:
-        wandb.log(row, step=row["step"])
+log = open_log(out_dir, config, start_state["step"], wandb_project) if is_rank0() else None
 
 
 def spare_tokens(update, batch, h, lse, head, picker, sums):
@@ -403,6 +364,9 @@ while True:
         chunk = groups[first:first + prompts_per_update]
         # all right or all wrong: they count in the loss, but without KL have no gradient, and nothing is computed for them
         live = [g for g in chunk if kl_coef or mixed(g)]
+        for g in chunk:
+            if not (kl_coef or mixed(g)):
+                g["advantages"] = np.zeros(len(g["responses"]))
         shares = [[live[i] for i in share] for share in balance(live, world_size)]
         plans = [plan_micro_batches(share, tokens_per_micro_batch, share_prompts) for share in shares]
         mine = shares[rank]
@@ -523,6 +487,10 @@ while True:
         profiler = None
 
     # one row of figures, over all ranks
+    for u in updates:
+        for key in ("advantages", "margins", "lam") if judged else ("advantages",):
+            for g, values in zip(u["groups"], np.split(u[key].numpy(force=True), u["first_response"][1:-1])):
+                g[key] = values  # (n,)
     counts = counts.to(device)
     for x in (counts, sums, nthr_sums, displaced):
         dist.all_reduce(x)
@@ -559,11 +527,10 @@ while True:
                 "nthr/s_selected": s_selected / max(selected, 1), "nthr/s_others": s_others / max(wrong - selected, 1)}
     if judged and groups:
         shares = [None] * world_size
-        dist.all_gather_object(shares, [np.array([x.tolist() for x in parts]) for u in updates for parts in zip(*(
-            u[key].split([len(g["responses"]) for g in u["groups"]]) for key in ("advantages", "margins", "lam")))])
+        dist.all_gather_object(shares, [[g[key] for key in ("advantages", "margins", "lam")] for u in updates for g in u["groups"]])
         row |= {f"judge/{key}": judge_counts[key] for key in ("asked", "cached", "without_demo")}  # responses, responses, groups
         row["judge/failed"] = judge_counts["groups_failed"]                                        # groups
-        of_groups = [x for share in shares for x in share if np.isfinite(x[1]).any()]              # (3, n) each, judged ones
+        of_groups = [x for share in shares for x in share if np.isfinite(x[1]).any()]              # 3 x (n,) each, judged ones
         if of_groups:
             a, margin, stays = np.concatenate(of_groups, axis=1)
             row |= {f"dagrpo/margin_p{q}": float(np.percentile(margin[a != 0], q)) for q in (10, 50, 90)}
@@ -579,33 +546,8 @@ while True:
     if on_cuda:
         row["perf/mfu"] = mfu(policy.model, packed / world_size, seconds["time/update"])
     if is_rank0():
-        finite = lambda x: x if math.isfinite(x) else None  # JSON has no nan
-        flat = zip([(g, i) for u in updates for g in u["groups"] for i in range(len(g["responses"]))],
-                   [a for u in updates for a in u["advantages"].tolist()],
-                   [dict(score=finite(s), margin=finite(m), kept=k) for u in updates for s, m, k in zip(
-                       [s for g in u["groups"] for s in g["scores"].tolist()], u["margins"].tolist(), u["lam"].tolist())]
-                   if judged else itertools.repeat({}))
-        idle = (((g, i), 0.0, {}) for g in groups if not (kl_coef or mixed(g)) for i in range(len(g["responses"])))
-        place = {id(g): i for i, g in enumerate(groups)}
-        flat = sorted([*flat, *idle], key=lambda x: place[id(x[0][0])])  # in the order of issue
-        log(row, [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
-                       response=g["texts"][i], reward=float(g["rewards"][i]), advantage=a, truncated=bool(g["truncated"][i]),
-                       anchor=bool(g["anchor"][i]), **judgement)
-                  for (g, i), a, judgement in itertools.islice(flat, samples_per_step)])
-        extra = ""
-        if "judge/failed" in row:
-            extra += f" judge failed {row['judge/failed']},"
-        if "dagrpo/lambda_pos" in row:
-            extra += (f" lambda +{row['dagrpo/lambda_pos']:.2f} -{row['dagrpo/lambda_neg']:.2f}, groups masked "
-                      f"{row['dagrpo/fully_masked']:.2f},")
-        if "anchor/logp" in row:
-            extra += f" anchors {row['anchor/groups']} (hard {row['anchor/hard']:.2f}) logp {row['anchor/logp']:.2f},"
-        phases = " ".join(f"{k[5:]} {v:.1f}" for k, v in seconds.items())
-        tqdm.write(f"step {step}: accuracy {row['reward/accuracy']:.3f}, {len(groups)}/{len(sampled)} groups, "
-                   f"{kept} tokens, length {row['rollout/mean_length']:.1f}, truncated {row['rollout/truncated']:.2f}, entropy "
-                   f"{row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad {row['train/grad_norm']:.2f}, clip "
-                   f"{row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap {row['gap/mean']:.1e}/"
-                   f"{row['gap/max']:.1e}, wasted {wasted},{extra} s: {phases}")
+        log(row, sample_rows(step, groups, tokenizer, samples_per_step))
+        tqdm.write(step_line(row))
         bar.set_postfix_str(f"accuracy {row['reward/accuracy']:.2f}, {seconds['time/step']:.1f} s/step")
     bar.update()
 
