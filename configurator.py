@@ -145,11 +145,11 @@ def configure(script_globals, argv=None):
     return settings
 
 
-def check(settings, known, above_zero, not_negative):
-    """End the program if a setting has a value that no run can use; nan never is one.
+def check(settings, known, above_zero=(), not_negative=(), infinite=(), text=(), text_or_none=()):
+    """End the program if a setting has a value that no run can use.
 
     known: {key: the values it may have}, a tuple's items one by one; the type float among them stands for any number.
-    above_zero, not_negative: keys of numbers.
+    above_zero, not_negative: keys of numbers; infinite: those that may be so, nan none may be.
     """
     for key, values in known.items():
         for value in settings[key] if isinstance(settings[key], tuple) else (settings[key],):
@@ -157,12 +157,28 @@ def check(settings, known, above_zero, not_negative):
             if not number and value not in values:
                 die(f"{key}: {value!r} is none of {', '.join('a number' if v is float else str(v) for v in values)}")
     for key, value in settings.items():
-        if isinstance(value, float) and math.isnan(value):
-            die(f"{key}: nan is not a number")
+        if isinstance(value, float) and not (math.isfinite(value) or key in infinite and not math.isnan(value)):
+            die(f"{key}: {value} is not a finite number")
         if key in above_zero and not value > 0:
             die(f"{key}: {value} is too small")
         if key in not_negative and value < 0:
             die(f"{key}: {value} is negative")
+        if (key in text or key in text_or_none and value is not None) and not isinstance(value, str):
+            die(f"{key}: {value!r} is not a text")
+        if key == "seed" and value >= 2**32:
+            die(f"seed: {value} is not below 2**32, the most that numpy takes")
+        if key == "adam_betas" and not (len(value) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value)):
+            die(f"adam_betas: {value!r} is not two numbers in [0, 1)")
+
+
+def check_folder(path, key="out_dir"):
+    """Make a folder to write to, or end the program."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        die(f"{key}: {path!r} cannot be a folder: {e.strerror}")
+    if not os.access(path, os.W_OK | os.X_OK):
+        die(f"{key}: {path} cannot be written to")
 
 
 def check_tp(tp):

@@ -135,6 +135,8 @@ def load_problems(name, split, key="dataset", data_dir=None):
     SETS is looked for in the folder data_dir, then on the Hugging Face hub. split: "train" or "test", for names. key: the
     setting that named it, for the error. A missing or empty set or a malformed row ends the program.
     """
+    if data_dir is not None and not os.path.isdir(data_dir):
+        die(f"data_dir: {data_dir} is not a folder")
     if name in MADE:
         return MADE[name](split)
     if os.path.isfile(name):
@@ -145,8 +147,6 @@ def load_problems(name, split, key="dataset", data_dir=None):
             + f" ({', '.join([*MADE, *SETS])})")
     if split not in SETS[name]:
         die(f"{key}: {name} has no {split} split; sets that have one: {', '.join(n for n in SETS if split in SETS[n])}")
-    if data_dir is not None and not os.path.isdir(data_dir):
-        die(f"data_dir: {data_dir} is not a folder")
     path = _local_file(name, split, data_dir)
     if path:
         return _read_problems(path, key)
@@ -174,15 +174,15 @@ def _hub_problems(name, split):
 def _read_problems(path, key, second="answer"):
     """Rows of a JSON Lines file, which have two texts: `problem` and `second`."""
     rows = []
-    with open(path, encoding="utf-8", errors="replace") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             where = f"{key}: {path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except ValueError as e:
-                die(f"{where}: not JSON ({e})")
+                die(f"{where}: not {'UTF-8' if isinstance(e, UnicodeDecodeError) else 'JSON'} ({e})")
             if not isinstance(row, dict):
                 die(f"{where}: expected an object with 'problem' and {second!r}, got {type(row).__name__}")
             for field in ("problem", second):
@@ -191,6 +191,8 @@ def _read_problems(path, key, second="answer"):
                     value = row[field] = repr(value)
                 if not isinstance(value, str) or not value.strip():
                     die(f"{where}: {field!r} is " + ("missing" if field not in row else f"{value!r}, not a text"))
+                if any("\ud800" <= c <= "\udfff" for c in value):  # half of a pair, which no tokenizer takes
+                    die(f"{where}: {field!r} is {value!r}, not Unicode")
             rows.append(row)
     if not rows:
         die(f"{key}: {path} has no rows")
@@ -335,8 +337,8 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=No
     system_prompt: str, "" for an empty one, None for the data set's own (a file: the boxed instruction); few_shot:
     ((question, answer), ...) as earlier turns of the chat, None for the data set's own.
     """
-    if few_shot is not None and not all(isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(y, str) for y in x)
-                                        for x in few_shot):
+    if few_shot is not None and not (isinstance(few_shot, (tuple, list)) and all(
+            isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(y, str) for y in x) for x in few_shot)):
         die(f"few_shot: {few_shot!r} is not ((question, answer), ...)")
     defaults = STYLES.get(dataset, CHOICE if problems and all(row.get("n_choices") for row in problems) else BOXED)
     system_prompt = defaults["system_prompt"] if system_prompt is None else system_prompt

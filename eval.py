@@ -15,11 +15,12 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 
 import numpy as np
 
-from configurator import check, check_tp, configure, die, is_rank0, print0, save_config, write_whole
+from configurator import check, check_folder, check_tp, configure, die, is_rank0, print0, save_config, write_whole
 from grader import vote
 from rollout import build_engine, generate_all_ranks, load_weights, write_jsonl  # before torch: it sets its threads
 from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
@@ -186,11 +187,15 @@ def finished(path, settings, problems):
 
 
 def start_file(path, settings, done):
-    """Begin or go on with a file of responses. One of other settings is kept beside it as NAME.old_1.jsonl."""
+    """Begin or go on with a file of responses. If it holds others (of other settings, or to a problem that has changed since),
+    it is kept as it was, as NAME.old_1.jsonl."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    if os.path.exists(path) and not done and len(open(path, "rb").readlines()) > 1:
-        stem = path.removesuffix(".jsonl")
-        os.rename(path, next(p for i in range(1, 10**6) if not os.path.exists(p := f"{stem}.old_{i}.jsonl")))
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            others = sum(line.endswith(b"\n") for line in f) - 1 - sum(map(len, done.values()))
+        if others >= settings["n"]:  # less is a problem whose responses were cut off, and come again
+            stem = path.removesuffix(".jsonl")
+            shutil.copy(path, next(p for i in range(1, 10**6) if not os.path.exists(p := f"{stem}.old_{i}.jsonl")))
     write_jsonl(path, [settings] + [row for group in done.values() for row in group])
 
 
@@ -317,7 +322,7 @@ def run_job(engine, job):
             engine, job["tokenizer"], [job["problems"][i] for i in some], [job["prompts"][i] for i in some],
             tensor_parallel=tp, n=job["n"], temperature=job["temperature"], top_p=top_p,
             max_response_tokens=job["length"], progress=True,
-            seeds=[(seed * 1_000_003 + i) * 2**16 for i in some])  # apart: a prompt's n responses count on from its own
+            seeds=[(seed * 1_000_003 + i) % 2**47 * 2**16 for i in some])  # apart: a prompt's n responses count on from its own
         rows = [[dict(index=i, sample=k, problem=g["problem"], answer=g["answer"], response=g["texts"][k],
                       vote=None if g["truncated"][k] else vote(g["texts"][k], job["problems"][i]), tokens=len(g["responses"][k]),
                       correct=bool(g["rewards"][k]), truncated=bool(g["truncated"][k]))
@@ -415,9 +420,12 @@ if __name__ == "__main__":
             die(f"{key}: {config[key]!r} is not a positive number")
     if temperature is not None and (isinstance(temperature, (bool, str)) or temperature < 0) or not 0 < top_p <= 1:
         die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    check(config, dict(dtype=("auto", "float32", "bfloat16"), protocol=(None, *PROTOCOLS)), (), ("seed",))
+    check(config, dict(dtype=("auto", "float32", "bfloat16"), protocol=(None, *PROTOCOLS)), not_negative=("seed",),
+          text=("ckpt",), text_or_none=("data", "data_dir", "system_prompt", "out_dir"))
     check_tp(tp)
     jobs = plan([model for part in ckpt.split(",") for model in find_models(part)])
+    for home in {job["home"] for job in jobs}:
+        check_folder(home)
 
     import torch.distributed as dist
 

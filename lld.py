@@ -15,7 +15,7 @@ import json
 import math
 import os
 
-from configurator import check, configure, die, is_rank0, print0, save_config, write_whole
+from configurator import check, check_folder, configure, die, is_rank0, print0, save_config, write_whole
 from rollout import build_engine, sample_batch, sleep_engine, write_jsonl  # before torch: it sets its threads
 from data import check_lengths, encode_prompts, load_problems, load_tokenizer
 
@@ -65,19 +65,19 @@ check(config, dict(variants=("grpo", "pos_only", "random", "nthr"), optimizer=("
                    nthr_eta=("2|0.5-p|", "p", "1-p", float), compute_dtype=DTYPES, rollout_dtype=DTYPES),
       above_zero=("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch",
                   "max_num_seqs"),
-      not_negative=("seed", "grad_clip", "weight_decay", "pages"))
+      not_negative=("seed", "grad_clip", "weight_decay", "pages"), infinite=("nthr_beta", "oversample"),
+      text=("model", "dataset", "out_dir"), text_or_none=("data_dir", "system_prompt"))
 if not variants:
     die("variants: none given")
 if nthr_beta == math.inf:
     die("nthr_beta: inf selects nothing; -inf all")
 if group_size < 2 or oversample < 1:
     die(f"group_size: {group_size}, oversample: {oversample}: at least 2 and 1")
-if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-    die(f"out_dir: {out_dir} is a file")
 problems = load_problems(dataset, split, data_dir=data_dir)
 tokenizer, hf_config = load_tokenizer(model)
 prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot)
 context = check_lengths(prompts, max_response_tokens, hf_config.max_position_embeddings, f"dataset {dataset}")
+check_folder(out_dir)
 
 import numpy as np
 import torch
@@ -87,9 +87,10 @@ from tqdm import tqdm
 from advantages import (group_advantages, gwhes, influence, nthr_select, policy_loss, random_like, token_advantages,
                         token_weights)
 from eval import bootstrap
-from model_utils import load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, setup_distributed
+from model_utils import check_model, load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, setup_distributed
 from runs import save_figure
 
+check_model(model, hf_config)
 device = setup_distributed()
 rank, world_size = dist.get_rank(), dist.get_world_size()
 auto = "bfloat16" if device.type == "cuda" else "float32"
@@ -146,8 +147,7 @@ if groups is None:
 if not groups:
     die(f"dataset: no question of {dataset} has right and wrong responses; more max_rounds, or an easier set")
 if is_rank0():
-    os.makedirs(out_dir, exist_ok=True)
-    save_config(config, os.path.join(out_dir, "config.json"))
+    save_config(config, os.path.join(out_dir, "lld_config.json"))  # config.json would make it a model's folder
     begin("groups.jsonl", of_groups, groups)
     begin("questions.jsonl", of_groups + tuple(of_rows), done)
 

@@ -341,6 +341,16 @@ class Policy(torch.nn.Module):
         return (logp, entropy, hidden.detach(), lse) if states else (logp, entropy)
 
 
+def check_model(path, config):
+    """End the program if the packed forward pass would not give a model's own log-probabilities. config: a Hugging Face one."""
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1)]
+    with torch.device("meta"):
+        head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
+    for what in ["sliding_window"] * bool(sliding) + scaled + ["a bias of the head"] * (getattr(head, "bias", None) is not None):
+        die(f"model: {path}: models with {what} are not supported by the packed forward pass")
+
+
 def load_policy(path, compute_dtype, device, activation_checkpointing=False, param_dtype=torch.float32, compile=False):
     """Load a Hugging Face folder or hub id as a Policy with parameters of `param_dtype` on `device`; one that is to be
     sharded is better loaded on the CPU, see parallelize.
@@ -348,9 +358,6 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False, par
     compile: True, or a backend of torch.compile; the layers are compiled, one by one, their attention is not.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=param_dtype, attn_implementation="packed")
-    for name in ("final_logit_softcapping", "sliding_window"):
-        if getattr(model.config, name, None) and getattr(model.config, "use_" + name, True):
-            raise ValueError(f"{path}: models with {name} are not supported by the packed forward pass")
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.base_model.layers if compile else ():
@@ -437,7 +444,7 @@ def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, 
         save_config(dict(state, files=sizes), os.path.join(tmp, "trainer_state.json"))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
-        for old in checkpoints(out_dir)[keep:]:
+        for old in [c for c in checkpoints(out_dir) if c <= final][keep:]:  # later ones were broken when an older was resumed
             shutil.rmtree(old)
     dist.barrier()
 

@@ -11,19 +11,24 @@ import torch
 from configurator import print0, write_whole
 
 
-def open_run(out_dir, resumed_step=None):
-    """Make the run folder. Files of an earlier run are moved to out_dir/old_N/; on a resume, rows that the resumed run
-    will write again leave metrics.jsonl and samples.jsonl, the files as they were are kept in old_N/ too. Rank 0."""
+def open_run(out_dir, config, resumed_step=None):
+    """Make the run folder, with config as run_config.json. Files of an earlier run are moved to out_dir/old_N/; on a resume, rows
+    that the resumed run will write again leave metrics.jsonl and samples.jsonl, and the files as they were, and settings
+    that were others, are kept in old_N/ too. Rank 0."""
     ours = ("metrics.jsonl", "samples.jsonl", "judge_*.jsonl", "curves.png", "run_config.json", "tensorboard", "trace.json.gz",
-            "profile.txt", "step_" + "[0-9]" * 6)
+            "profile.txt", "eval", "step_" + "[0-9]" * 6)
     there = [p for name in ours for p in glob.glob(os.path.join(glob.escape(out_dir), name))]
     old = next(p for i in range(1, 10**6) if not os.path.exists(p := os.path.join(out_dir, f"old_{i}")))
+
+    def keep(name):
+        os.makedirs(old, exist_ok=True)
+        shutil.copy(os.path.join(out_dir, name), old)
+
     if resumed_step is None and there:
         os.makedirs(old)
         for path in there:
             os.rename(path, os.path.join(old, os.path.basename(path)))
         print0(f"{out_dir} held a run; it is now in {old}")
-    os.makedirs(out_dir, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = os.path.join(out_dir, name)
         if resumed_step is None or not os.path.exists(path):
@@ -34,14 +39,22 @@ def open_run(out_dir, resumed_step=None):
                 try:
                     row = json.loads(line)
                     stays = row["step"] < resumed_step or row["step"] == resumed_step and "eval/accuracy" not in row
-                except ValueError:  # cut off in the middle of a line
+                except (ValueError, TypeError, KeyError):  # cut off in the middle of a line, or no row of ours
                     stays = False
                 kept += [line] if stays else []
                 dropped += not stays
         if dropped:
-            os.makedirs(old, exist_ok=True)
-            shutil.copy(path, old)
+            keep(name)
             write_whole(path, "".join(kept))
+    path, text = os.path.join(out_dir, "run_config.json"), json.dumps(config, indent=1)
+    if os.path.exists(path) and open(path).read() != text:
+        keep("run_config.json")
+    write_whole(path, text)
+
+
+def finite(x):
+    """x, or None for nan and infinities, which JSON does not have."""
+    return x if math.isfinite(x) else None
 
 
 def open_log(out_dir, config, first_step, wandb_project=None):
@@ -59,11 +72,12 @@ def open_log(out_dir, config, first_step, wandb_project=None):
         wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 
     def log(row, samples=()):
+        row = {k: finite(v) for k, v in row.items()}
         for name, rows in (("metrics.jsonl", [row]), ("samples.jsonl", samples)):
             with open(os.path.join(out_dir, name), "a") as f:
                 f.writelines(json.dumps(r) + "\n" for r in rows)
         for key, value in row.items():
-            if writer and key != "step":
+            if writer and key != "step" and value is not None:
                 writer.add_scalar(key, value, row["step"])
         if wandb_project:
             wandb.log(row, step=row["step"])
@@ -74,14 +88,11 @@ def open_log(out_dir, config, first_step, wandb_project=None):
 def sample_rows(step, groups, tokenizer, count):
     """Rows of samples.jsonl: the first `count` responses of the groups whose `advantages` this rank knows; of judged groups
     with the judge's score, the margin and whether the response was kept (`scores`, `margins`, `lam`)."""
-    def finite(x):
-        return float(x) if math.isfinite(x) else None  # JSON has no nan
-
     responses = ((g, i) for g in groups if "advantages" in g for i in range(len(g["responses"])))
     return [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
                  response=g["texts"][i], reward=float(g["rewards"][i]), advantage=float(g["advantages"][i]),
                  truncated=bool(g["truncated"][i]), anchor=bool(g["anchor"][i]),
-                 **(dict(score=finite(g["scores"][i]), margin=finite(g["margins"][i]), kept=float(g["lam"][i])) if "lam" in g else {}))
+                 **(dict(score=finite(float(g["scores"][i])), margin=finite(float(g["margins"][i])), kept=float(g["lam"][i])) if "lam" in g else {}))
             for g, i in itertools.islice(responses, count)]
 
 
@@ -130,13 +141,13 @@ def plot_curves(out_dir):
         ("margins, points (10, 50, 90%)", [(f"dagrpo/margin_p{q}", f"{q}%") for q in (10, 50, 90)]),
         ("anchors: nats a token", [("anchor/logp", "log-likelihood")]),
     ]
-    panels = [p for p in panels if any(key in r for r in rows for key, _ in p[1])]
+    panels = [p for p in panels if any(r.get(key) is not None for r in rows for key, _ in p[1])]
     fig, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(11, 3.5 * -(-len(panels) // 2)), constrained_layout=True)
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
     for ax, (title, lines) in zip(axes.flat, panels):
         for key, label in lines:
-            points = [(r["step"], r[key]) for r in rows if key in r]
+            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
             if points:
                 ax.plot(*zip(*points), marker="o" if key.startswith("eval/") else None, label=label)
         ax.set_title(title, fontsize=10)

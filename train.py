@@ -2,19 +2,21 @@
 
     python train.py config/quickstart.py                            one rank: a GPU, or a CPU
     torchrun --nproc_per_node=4 train.py config/nthr_math.py        four GPUs (or, small, CPU processes)
-    python train.py config/quickstart.py --variant=pos_only --resume
+    python train.py config/quickstart.py --resume                    from the newest whole checkpoint
 
 A step: sample groups of responses through vLLM, grade them, keep the groups with both outcomes, take one or more updates
 on them, push the weights to vLLM. Settings are the globals below; config files and flags override them (configurator.py).
 """
 import contextlib
+import importlib.util
+import json
 import math
 import os
 import resource
 import time
 from functools import partial
 
-from configurator import check, check_tp, configure, die, is_rank0, print0, save_config
+from configurator import check, check_folder, check_tp, configure, die, is_rank0, print0
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -120,7 +122,9 @@ check(config, dict(
                 "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs", "max_rounds",
                 "judge_tokens", "judge_timeout", "judge_concurrency", "tp"),
     not_negative=("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
-                  "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"))
+                  "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"),
+    infinite=("nthr_beta", "oversample", "clip_high", "max_rounds"), text=("model", "dataset", "out_dir"),
+    text_or_none=("eval_dataset", "data_dir", "system_prompt", "demos", "judge_model", "wandb_project"))
 check_tp(tp)
 if nthr_beta == math.inf:
     die("nthr_beta: inf selects nothing; -inf all")
@@ -128,9 +132,6 @@ if group_size < 2:
     die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
 if oversample < 1:
     die(f"oversample: {oversample} is too small")
-for key in ("demos", "judge", "judge_model"):
-    if not isinstance(config[key], (str, type(None))):
-        die(f"{key}: {config[key]!r} is not a text")
 served = str(judge).startswith(("http://", "https://"))
 if not served and judge not in ("rubric", "self"):
     die(f"judge: {judge!r} is none of rubric, self and an address, http://host:port/v1")
@@ -144,8 +145,8 @@ if gpu_memory_utilization is not None and not (isinstance(gpu_memory_utilization
     die(f"gpu_memory_utilization: {gpu_memory_utilization!r} is not between 0 and 1")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
-if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-    die(f"out_dir: {out_dir} is a file")
+if wandb_project and importlib.util.find_spec("wandb") is None:
+    die("wandb_project: the package wandb is not installed")
 if eval_dataset is None and "test" in splits(dataset):
     eval_dataset = dataset
 train_problems = load_problems(dataset, "train", data_dir=data_dir)
@@ -172,6 +173,7 @@ if judged and judge == "self":  # as long as its longest question, if the model'
     question, _ = judge_prompt(dict(problem=problem, solution=solution, answer=""), "")
     context = max(context, min(hf_config.max_position_embeddings,
                                len(tokenizer(question)["input_ids"]) + 64 + max_response_tokens + judge_tokens))
+check_folder(out_dir)
 
 import numpy as np
 import torch  # after the checks: it takes seconds to import
@@ -181,7 +183,7 @@ from tqdm import tqdm
 from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advantages, group_tokens, influence, kl_k3,
                         nthr_eta as eta_of, nthr_select, policy_loss, random_like, sum_by, token_advantages, token_weights,
                         truncated_importance)
-from model_utils import (balance, estimate_memory, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu,
+from model_utils import (balance, check_model, estimate_memory, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu,
                          newest_checkpoint, optimizer_step, pack_all, parallelize, plan_micro_batches, prefetch,
                          save_checkpoint, setup_distributed, splits_groups, vllm_share)
 from runs import open_log, open_run, plot_curves, sample_rows, step_line, write_profile
@@ -192,7 +194,14 @@ if resume:
     if found is None:
         die(f"resume: no whole checkpoint in {out_dir}; on several machines it has to be where all of them see it")
     start, start_state = found
-
+    with open(os.path.join(start, "run_config.json")) as f:
+        before = json.load(f)
+    if (dataset, data_dir) != (before.get("dataset"), before.get("data_dir")):
+        die(f"dataset: {start} was trained on {before.get('dataset')!r}, and goes on where it was in it; got {dataset!r}")
+    now = json.loads(json.dumps(config))
+    if changed := [f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v and k != "resume"]:
+        print0("resumed with other settings: " + ", ".join(changed))
+check_model(model, hf_config)
 if profile and max_steps < start_state["step"] + 3:
     die(f"profile: traces the second and third step; max_steps={max_steps} leaves {max_steps - start_state['step']}")
 
@@ -223,9 +232,7 @@ if demonstrations is not None:
     if anchors and not any(row["anchor"] for row in train_problems):
         die(f"anchors: all demonstrations are longer than max_response_tokens={max_response_tokens}")
 if is_rank0():
-    open_run(out_dir, start and start_state["step"])
-    save_config(config, os.path.join(out_dir, "run_config.json"))
-os.makedirs(out_dir, exist_ok=True)  # another machine's own: its ranks keep a judge's scores there
+    open_run(out_dir, config, start and start_state["step"])
 dist.barrier()
 compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
 masters = getattr(torch, param_dtype)
@@ -265,7 +272,14 @@ if start:
 log = open_log(out_dir, config, start_state["step"], wandb_project) if is_rank0() else None
 
 
-def spare_tokens(update, batch, h, lse, head, picker, sums):
+# what is summed over a step's tokens, groups or responses, on all ranks
+TALLY = ("tokens", "anchor_tokens", "packed", "loss", "entropy", "clipped", "kl", "kl_old", "anchor_logp",  # tokens computed
+         "compared", "gap", "ratio", "ratio_cut",                                        # tokens whose pi_old is the trainer's
+         "wrong", "selected", "s_selected", "s_others", "scored_groups", "tau_negative", "tau", "eta",  # NTHR: tokens, groups
+         "correct", "moved", "fell")                                                     # displacement: correct responses
+
+
+def spare_tokens(update, batch, h, lse, head, picker, tally):
     """NTHR or Random for the groups that are whole with this micro-batch: scores from the old policy's states of its
     tokens, selection, and update["token_advantages"] of these groups. h (n, d), lse (n,): as Policy.forward gives them."""
     done, kept = update["scored"]
@@ -292,9 +306,10 @@ def spare_tokens(update, batch, h, lse, head, picker, sums):
     wrong = rewards[response] == 0
     real = tau.isfinite()
     etas = eta_of(eta, rewards, group)
-    sums += torch.stack([wrong.sum(), picked.sum(), (s * picked).sum(), (s * (wrong & ~picked)).sum(), real.sum(),
-                         (tau < 0).logical_and(real).sum(), tau.where(real, 0).sum(),
-                         (etas / sum_by(group, torch.ones_like(etas), len(group))[group]).where(real[group], 0).sum()]).double()
+    for key, x in dict(wrong=wrong, selected=picked, s_selected=s * picked, s_others=s * (wrong & ~picked), scored_groups=real,
+                       tau_negative=(tau < 0) & real, tau=tau.where(real, 0),
+                       eta=(etas / sum_by(group, torch.ones_like(etas), len(group))[group]).where(real[group], 0)).items():
+        tally[key] += x.sum().double()
 
 
 def evaluate(step):
@@ -358,36 +373,42 @@ while True:
     sleep_engine(engine, sleep_level)
     lap("judge" if judged else "rollout")
 
+    # advantages of all responses of the step, (B,), on the host: every rank holds every group
+    rewards = torch.tensor([r for g in groups for r in g["rewards"]])
+    check_rewards(rewards)
+    sizes = [len(g["responses"]) for g in groups]
+    group = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+    advantages = group_advantages(rewards, group, advantage_norm)
+    figures = dict(advantages=advantages * torch.where(rewards == 1, pos_weight, neg_weight))
+    if judged:
+        scores = torch.tensor([s for g in groups for s in g["scores"]])  # nan: not judged
+        figures |= dict(margins=dagrpo_margins(scores, advantages, group), lam=dagrpo_masks(scores, advantages, group, delta))
+    for key, values in figures.items():
+        for g, part in zip(groups, values.split(sizes)):
+            g[key] = part.numpy()  # (n,)
+
     # updates: mini-batches of groups, each dealt to the ranks; this rank's share is flat tokens in micro-batches
     updates = []
     for first in range(0, len(groups), prompts_per_update):
         chunk = groups[first:first + prompts_per_update]
         # all right or all wrong: they count in the loss, but without KL have no gradient, and nothing is computed for them
         live = [g for g in chunk if kl_coef or mixed(g)]
-        for g in chunk:
-            if not (kl_coef or mixed(g)):
-                g["advantages"] = np.zeros(len(g["responses"]))
         shares = [[live[i] for i in share] for share in balance(live, world_size)]
         plans = [plan_micro_batches(share, tokens_per_micro_batch, share_prompts) for share in shares]
         mine = shares[rank]
+
+        def of_mine(key, dtype=torch.float32):
+            return torch.tensor([x for g in mine for x in g[key]], dtype=dtype, device=device)     # (B,) of this rank
+
         sizes = [len(g["responses"]) for g in mine]
-        lengths = torch.tensor([len(r) for g in mine for r in g["responses"]], dtype=torch.int64, device=device)  # (B,)
-        rewards = torch.tensor([r for g in mine for r in g["rewards"]], device=device)             # (B,)
-        check_rewards(rewards)
-        group = torch.repeat_interleave(torch.arange(len(mine)), torch.tensor(sizes, dtype=torch.int64)).to(device)
-        response = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)     # (N,)
-        is_anchor = torch.tensor([a for g in mine for a in g["anchor"]], dtype=torch.bool, device=device)  # (B,)
-        advantages = group_advantages(rewards, group, advantage_norm)                              # (B,)
-        margins = lam = None
-        if judged:
-            scores = torch.tensor([s for g in mine for s in g["scores"]], device=device)           # (B,), nan: not judged
-            margins = dagrpo_margins(scores, advantages, group)
-            lam = dagrpo_masks(scores, advantages, group, delta)
-        advantages = advantages * torch.where(rewards == 1, pos_weight, neg_weight)
+        rewards, advantages = of_mine("rewards"), of_mine("advantages")
+        group = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64)).to(device)         # (B,)
+        response = torch.repeat_interleave(torch.tensor([len(r) for g in mine for r in g["responses"]],
+                                                        dtype=torch.int64)).to(device)             # (N,)
         rollout_logp = np.concatenate([l for g in mine for l in g["logprobs"]] or [np.empty(0, "f4")])
         update = dict(
             groups=mine, rewards=rewards, group=group, response=response, advantages=advantages, old_logp=None,
-            is_anchor=is_anchor, margins=margins, lam=lam,
+            is_anchor=of_mine("anchor", torch.bool),
             first_response=np.cumsum([0] + sizes).tolist(),                                        # (M+1,), of each group
             first_token=np.cumsum([0] + [sum(len(r) for r in g["responses"]) for g in mine]).tolist(),
             batches=pack_all(mine, plans[rank], at_least=max(1, *map(len, plans)), share_prompts=share_prompts),  # on the host
@@ -398,7 +419,7 @@ while True:
                                         tokens_in_update=sum(len(r) for g in chunk for r in g["responses"]),
                                         max_tokens=max_response_tokens),
             token_advantages=token_advantages("grpo" if scored else variant, advantages, rewards, response, group,
-                                              lam=lam))
+                                              lam=of_mine("lam") if judged else None))
         # the first update meets the policy that sampled: its old log-probabilities, and NTHR's states if no group is cut
         # in two, are those of its own training forward. Later updates need a forward pass before the first
         update["old_known"] = not updates or scored or old_logp == "trainer"  # the trainer's pi_old will be there
@@ -406,8 +427,8 @@ while True:
         update["scored"] = [0, None]  # groups scored so far; states of a group whose other half is in the next batch
         updates.append(update)
     picker = torch.Generator().manual_seed(hash((seed, step, rank)) % 2**63)  # of Random's tokens
+    tally = dict.fromkeys(TALLY, 0)  # of this rank
     head = full(policy.model.get_output_embeddings().weight.detach()).to(compute) if scored else None  # (V, d)
-    nthr_sums = torch.zeros(8, dtype=torch.float64, device=device)
 
     for update in updates:
         if update["old_pass"]:
@@ -417,7 +438,7 @@ while True:
                     logp, _, *states = net(batch, temperature, states=scored)
                     outs.append(logp[:batch.span.stop - batch.span.start])
                     if scored:
-                        spare_tokens(update, batch, *states, head, picker, nthr_sums)
+                        spare_tokens(update, batch, *states, head, picker, tally)
                 update["old_logp"] = torch.cat(outs)                                               # (N,)
     lap("old_logp")
     if ref is not None:
@@ -436,12 +457,7 @@ while True:
         lr *= max(0.0, 1 - (step - 1) / decay_steps)
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
-    sums = torch.zeros(10, dtype=torch.float64, device=device)  # over this rank's tokens; read below, in order
-    trained = [(a, len(r)) for u in updates for g in u["groups"] for r, a in zip(g["responses"], g["anchor"])]
-    counts = torch.tensor([sum(k for a, k in trained if not a), sum(k for a, k in trained if a),  # sampled and anchor tokens
-                           sum(b.input_ids.numel() for u in updates for b in u["batches"])])      # packed tokens
     highest = torch.zeros(2, device=device)  # gap and ratio to vLLM
-    displaced = torch.zeros(3, dtype=torch.float64, device=device)  # correct responses; log-likelihood change; how many fell
     grad_norms = []
     for update in updates:
         for i, batch in enumerate(prefetch(update["batches"], device)):
@@ -453,7 +469,7 @@ while True:
                 logp, entropy, *states = net(batch, temperature, states=fresh)
                 logp, entropy = logp[:n], entropy[:n]                                              # (n,)
                 if fresh:
-                    spare_tokens(update, batch, *states, head, picker, nthr_sums)
+                    spare_tokens(update, batch, *states, head, picker, tally)
                 before = logp.detach() if update["old_logp"] is None else update["old_logp"][span]  # the trainer's pi_old
                 sampler = update["rollout_logp"][span]
                 old = before if old_logp == "trainer" else sampler
@@ -470,14 +486,15 @@ while True:
                 ours = ~anchor & update["old_known"]  # sampled tokens; the gap needs the trainer's pi_old too
                 gap, ratio = (before - sampler).abs().where(ours, 0), ratio.where(ours, 0)
                 highest = torch.maximum(highest, torch.stack([gap.max(), ratio.max()]) if n else highest)
-                sums += torch.stack([loss, entropy.where(~anchor, 0).sum(), clipped.sum(), kl.sum(),
-                                     kl_k3(old, logp).where(~anchor, 0).sum(), logp.where(anchor, 0).sum(), ours.sum(), gap.sum(),
-                                     ratio.sum(), (ratio > importance).sum()]).double()
+                for key, x in dict(loss=loss, entropy=entropy.where(~anchor, 0), clipped=clipped, kl=kl,
+                                   kl_old=kl_k3(old, logp).where(~anchor, 0), anchor_logp=logp.where(anchor, 0), compared=ours,
+                                   gap=gap, ratio=ratio, ratio_cut=ratio > importance).items():
+                    tally[key] += x.sum().double()
         grad_norms.append(optimizer_step(policy, optimizer, grad_clip, keep=hasattr(net, "no_sync")))
         if update is not updates[0] and update["old_known"]:  # what earlier updates did to this one's correct responses
             correct = (update["rewards"] == 1) & ~update["is_anchor"]
-            displaced += torch.stack([correct.sum(), (update["moved"] * correct).sum(),
-                                      (correct & (update["moved"] < 0)).sum()]).double()
+            for key, x in dict(correct=correct, moved=update["moved"] * correct, fell=correct & (update["moved"] < 0)).items():
+                tally[key] += x.sum().double()
     lap("update")
 
     sync_weights(engine, policy.model, sleep_level)
@@ -488,63 +505,59 @@ while True:
 
     # one row of figures, over all ranks
     for u in updates:
-        for key in ("advantages", "margins", "lam") if judged else ("advantages",):
-            for g, values in zip(u["groups"], np.split(u[key].numpy(force=True), u["first_response"][1:-1])):
-                g[key] = values  # (n,)
-    counts = counts.to(device)
-    for x in (counts, sums, nthr_sums, displaced):
-        dist.all_reduce(x)
+        for g in u["groups"]:
+            for r, is_anchor in zip(g["responses"], g["anchor"]):
+                tally["anchor_tokens" if is_anchor else "tokens"] += len(r)
+        tally["packed"] += sum(b.input_ids.numel() for b in u["batches"])
+    sums = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in tally.values()])
+    dist.all_reduce(sums)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
+    tally = dict(zip(tally, sums.tolist()))
     seconds["time/step"] = clock[-1] - clock[0]
-    n, anchor_tokens, packed = counts.tolist()  # of what was computed, as all train/ and gap/ figures are
     kept = sum(len(r) for g in groups for r, a in zip(g["responses"], g["anchor"]) if not a)  # of what counts in the loss
-    loss, entropy, clipped, kl, kl_old, anchor_logp, compared, gap, ratio, above_cap = sums.tolist()
-    tokens, compared = max(n, 1), max(compared, 1)
+    tokens, compared = max(tally["tokens"], 1), max(tally["compared"], 1)  # of what was computed, as train/ and gap/ figures are
     responses = [len(r) for g in sampled for r, a in zip(g["responses"], g["anchor"]) if not a]
     row = {
         "step": step, "reward/mean": accuracy(groups) if groups else 0.0, "reward/accuracy": accuracy(sampled),
         "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
         "rollout/response_tokens": kept, "rollout/tokens_wasted": wasted,
-        "rollout/tokens_dropped": sum(responses) - kept, "train/tokens": n, "rollout/mean_length": float(np.mean(responses)),
+        "rollout/tokens_dropped": sum(responses) - kept, "train/tokens": int(tally["tokens"]), "rollout/mean_length": float(np.mean(responses)),
         "rollout/truncated": float(np.mean([cut for g in sampled for cut in g["truncated"][~g["anchor"]]])),
-        "train/loss": loss / max(len(updates), 1), "train/entropy": entropy / tokens,
+        "train/loss": tally["loss"] / max(len(updates), 1), "train/entropy": tally["entropy"] / tokens,
         "train/grad_norm": float(torch.stack(grad_norms).mean()) if grad_norms else 0.0,
-        "train/clip_fraction": clipped / tokens, "train/kl": kl / tokens, "train/kl_old": kl_old / tokens,
+        "train/clip_fraction": tally["clipped"] / tokens, "train/kl": tally["kl"] / tokens, "train/kl_old": tally["kl_old"] / tokens,
         "train/lr": lr, "train/updates": len(updates),
-        "gap/mean": gap / compared, "gap/max": highest[0].item(), "gap/ratio": ratio / compared,
+        "gap/mean": tally["gap"] / compared, "gap/max": highest[0].item(), "gap/ratio": tally["ratio"] / compared,
         "gap/ratio_max": highest[1].item(), **seconds,
         "perf/rollout_tok_s": (sum(responses) + wasted) / seconds["time/rollout"],
-        "perf/train_tok_s": packed / seconds["time/update"],
+        "perf/train_tok_s": tally["packed"] / seconds["time/update"],
         "perf/peak_memory_gib": (torch.cuda.max_memory_allocated() if on_cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
     }
     if tis_cap:
-        row["gap/ratio_cut"] = above_cap / compared
-    if scored and n:
-        wrong, selected, s_selected, s_others, scored_groups, tau_negative, tau_sum, eta_sum = nthr_sums.tolist()
-        row |= {"nthr/selected": selected / max(wrong, 1), "nthr/tau_negative": tau_negative / max(scored_groups, 1),
-                "nthr/tau": tau_sum / max(scored_groups, 1), "nthr/eta": eta_sum / max(scored_groups, 1),
-                "nthr/s_selected": s_selected / max(selected, 1), "nthr/s_others": s_others / max(wrong - selected, 1)}
+        row["gap/ratio_cut"] = tally["ratio_cut"] / compared
+    if scored and tally["tokens"]:
+        selected, others, scored_groups = tally["selected"], tally["wrong"] - tally["selected"], max(tally["scored_groups"], 1)
+        row |= {"nthr/selected": selected / max(tally["wrong"], 1), "nthr/tau_negative": tally["tau_negative"] / scored_groups,
+                "nthr/tau": tally["tau"] / scored_groups, "nthr/eta": tally["eta"] / scored_groups,
+                "nthr/s_selected": tally["s_selected"] / max(selected, 1), "nthr/s_others": tally["s_others"] / max(others, 1)}
     if judged and groups:
-        shares = [None] * world_size
-        dist.all_gather_object(shares, [[g[key] for key in ("advantages", "margins", "lam")] for u in updates for g in u["groups"]])
         row |= {f"judge/{key}": judge_counts[key] for key in ("asked", "cached", "without_demo")}  # responses, responses, groups
         row["judge/failed"] = judge_counts["groups_failed"]                                        # groups
-        of_groups = [x for share in shares for x in share if np.isfinite(x[1]).any()]              # 3 x (n,) each, judged ones
-        if of_groups:
-            a, margin, stays = np.concatenate(of_groups, axis=1)
+        known = [g for g in groups if np.isfinite(g["margins"]).any()]                             # judged ones
+        if known:
+            a, margin, stays = (np.concatenate([g[key] for g in known]) for key in ("advantages", "margins", "lam"))
             row |= {f"dagrpo/margin_p{q}": float(np.percentile(margin[a != 0], q)) for q in (10, 50, 90)}
-            row |= {"dagrpo/lambda_pos": stays[a > 0].mean(), "dagrpo/lambda_neg": stays[a < 0].mean(),
-                    "dagrpo/fully_masked": float(np.mean([not k.any() for _, _, k in of_groups]))}
+            row |= {"dagrpo/lambda_pos": float(stays[a > 0].mean()), "dagrpo/lambda_neg": float(stays[a < 0].mean()),
+                    "dagrpo/fully_masked": float(np.mean([not g["lam"].any() for g in known]))}
     if anchors and groups:
-        row |= {"anchor/groups": sum(bool(g["anchor"].any()) for g in groups), "anchor/tokens": anchor_tokens,
+        row |= {"anchor/groups": sum(bool(g["anchor"].any()) for g in groups), "anchor/tokens": int(tally["anchor_tokens"]),
                 "anchor/hard": float(np.mean([not g["rewards"][~g["anchor"]].any() for g in groups])),
-                "anchor/logp": anchor_logp / max(anchor_tokens, 1)}
-    if displaced[0] > 0:  # with several updates a step: what the earlier ones did to correct responses of the later ones
-        row |= {"displacement/mean": (displaced[1] / displaced[0]).item(),
-                "displacement/fell": (displaced[2] / displaced[0]).item()}
+                "anchor/logp": tally["anchor_logp"] / max(tally["anchor_tokens"], 1)}
+    if tally["correct"]:  # with several updates a step: what the earlier ones did to correct responses of the later ones
+        row |= {"displacement/mean": tally["moved"] / tally["correct"], "displacement/fell": tally["fell"] / tally["correct"]}
     if on_cuda:
-        row["perf/mfu"] = mfu(policy.model, packed / world_size, seconds["time/update"])
+        row["perf/mfu"] = mfu(policy.model, tally["packed"] / world_size, seconds["time/update"])
     if is_rank0():
         log(row, sample_rows(step, groups, tokenizer, samples_per_step))
         tqdm.write(step_line(row))
