@@ -45,7 +45,7 @@ compare = ()                  # two files of responses: compare them and do noth
 dtype = "auto"                # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
 tp = 1                        # GPUs an engine is spread over; the ranks make nproc / this engines
 gpu_memory_utilization = 0.9  # share of each GPU that vLLM takes (CUDA)
-max_num_seqs = 256            # sequences a vLLM engine runs at once
+max_num_seqs = None           # sequences a vLLM engine runs at once; None: vLLM's own choice
 
 # [NTHR] sec. 5: greedy, five sets. [DaGRPO]: temperature 0.6, avg@32 on the small sets, one sample on the others; then three
 # sets out of distribution, averaged by themselves. Response lengths: the longest that the papers trained with.

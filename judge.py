@@ -88,7 +88,7 @@ def rubric_score(group, text, correct, truncated):
     Final answer: 1 if the grader found it correct. Intermediate results: the numbers outside boxes that are neither the
     problem's nor the answer; overlap with the demonstration's, 2 x common / (both counts). Completeness: half for an end
     with a boxed answer, half for the share of the demonstration's intermediate results that are there; both are full if
-    it has none. What is in the box is worth 0.9 and no more, less than any delta of 1: a right answer alone does not tell
+    it has none. Which answer is in the box is worth 0.9, less than any delta of 1: a right answer alone does not tell
     two responses apart.
     """
     known = numbers(group["problem"]) | numbers(last_boxed(group["solution"]))

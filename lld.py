@@ -37,7 +37,7 @@ oversample = 3.0              # questions asked in a round / questions still mis
 max_rounds = 8                # questions asked at most / questions; then those there are
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
 gpu_memory_utilization = 0.4  # share of each GPU that vLLM takes (CUDA)
-max_num_seqs = 256            # sequences a vLLM engine runs at once
+max_num_seqs = None           # sequences a vLLM engine runs at once; None: vLLM's own choice
 # the update
 variants = ("grpo", "pos_only", "random", "nthr")  # advantages.token_advantages
 nthr_beta = 1.0               # tau = nthr_beta x the lowest mean score of a correct response; -inf: all
@@ -63,8 +63,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 check(config, dict(variants=("grpo", "pos_only", "random", "nthr"), optimizer=("adamw", "sgd"), nthr_vocab=("response", "full"),
                    split=("train", "test"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"),
                    nthr_eta=("2|0.5-p|", "p", "1-p", float), compute_dtype=DTYPES, rollout_dtype=DTYPES),
-      above_zero=("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch",
-                  "max_num_seqs"),
+      above_zero=("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch"),
       not_negative=("seed", "grad_clip", "weight_decay", "pages"), infinite=("nthr_beta", "oversample"),
       text=("model", "dataset", "out_dir"), text_or_none=("data_dir", "system_prompt"))
 if not variants:
@@ -412,4 +411,6 @@ if is_rank0():
     print0(markdown(summary))
     print0(f"wrote {out_dir}/: groups.jsonl, questions.jsonl, summary.json, summary.md, delta.png, gwhes.png, success.png, tokens.html")
 dist.barrier()
+if engine is not None and device.type == "cuda":
+    engine.wake_up()  # what it unmapped when it went to sleep is not to be unmapped again
 del engine  # last: its shutdown ends the process group

@@ -84,7 +84,7 @@ class MicroBatch:
     spans: list               # [(start, end, causal)], SDPA: the common prefix, then trees, short ones together; causal: its
                               # tokens see all before them
     segment: torch.Tensor     # (2, T) int32, the segment of each token, and the one of the prompt before it
-    masks: list = None        # of the spans, see tree_masks
+    masks: list = None        # of the spans, see tree_masks; None: varlen attention
 
     def to(self, device):
         """The same on a GPU, copied from pinned memory without waiting; on a CPU itself."""
@@ -245,19 +245,19 @@ def tree_masks(batch):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """transformers' attention hook for a packed MicroBatch. query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    On CUDA, which has no flash attention for float32: one varlen call, of flash-attn or of torch, in which each segment's
+    Without masks (bfloat16 on CUDA, see Policy.forward): one varlen call, of flash-attn or of torch, in which each segment's
     queries meet the keys that lead to it and its own (the causal mask is aligned to the last key). Otherwise SDPA, a tree
     or a few short ones at a time, so that no token pays for all others.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave float32
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if layout.masks is None:
         # a prompt's keys serve all responses: gathered in float32, so that their gradients are added up in it
         k, v = (x[0].transpose(0, 1).float().index_select(0, layout.kv_index).to(x.dtype) for x in (key, value))
         out = flash_attn_varlen_func(query[0].transpose(0, 1), k, v, layout.cu_q, layout.cu_k, layout.max_q,
                                      layout.max_k, softmax_scale=scaling, causal=True)  # (T, H, D)
         return out[None], None
-    if layout.masks is None:  # for all layers and passes
-        layout.masks = tree_masks(layout)
+    if query.is_cuda:  # its memory-efficient kernel, which takes float32 and masks, takes no grouped heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     # split, not slices: the backward pass of a slice fills and adds a tensor of all T tokens, that of a split is one cat
     lengths = [b - a for a, b, _ in layout.spans]
     out = []
@@ -278,6 +278,11 @@ transformers_logging.disable_progress_bar()
 # ---------------------------------------------------------------------------------------------------------------------
 # log-probabilities
 
+def head_logits(h, w, dtype):
+    """h W^T (n, V) in `dtype`; of bfloat16 on CUDA the products' float32 sums, not rounded between."""
+    return torch.mm(h, w.T, out_dtype=dtype) if h.is_cuda and h.dtype != dtype else (h @ w.T).to(dtype)
+
+
 class HeadLogprob(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target], the entropy and the logsumexp, `chunk` rows at a time, in float32.
 
@@ -291,7 +296,7 @@ class HeadLogprob(torch.autograd.Function):
         lse, entropy = torch.empty_like(logp), torch.empty_like(logp)
         for a in range(0, len(h), chunk):
             rows = slice(a, a + chunk)
-            logits = (h[rows] @ w.T).to(logp.dtype).div_(temperature)  # (chunk, V)
+            logits = head_logits(h[rows], w, logp.dtype).div_(temperature)  # (chunk, V)
             lse[rows] = logits.logsumexp(-1)
             logps = logits.sub_(lse[rows, None])
             logp[rows] = logps.gather(-1, targets[rows, None])[:, 0]
@@ -308,7 +313,7 @@ class HeadLogprob(torch.autograd.Function):
         dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=lse.dtype)
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
-            logits = (h[rows] @ w.T).to(lse.dtype).div_(ctx.temperature)
+            logits = head_logits(h[rows], w, lse.dtype).div_(ctx.temperature)
             d = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])  # -grad * softmax
             d.scatter_add_(-1, targets[rows, None], grad[rows, None])        # grad * (onehot - softmax)
             d = d.div_(ctx.temperature).to(h.dtype)
@@ -330,6 +335,8 @@ class Policy(torch.nn.Module):
         """batch: MicroBatch. Returns (logp, entropy), each (N,): of the sampled tokens and of their distributions,
         both at `temperature`; entropy carries no gradient. states: also the hidden states that predict the tokens,
         (N, d), and logsumexp(logits / temperature), (N,), both detached: what advantages.influence needs."""
+        if batch.masks is None and not (batch.input_ids.is_cuda and self.compute_dtype == torch.bfloat16):
+            batch.masks = tree_masks(batch)  # for all layers and passes; there is no varlen kernel for float32, nor on a CPU
         with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16,
                             enabled=self.compute_dtype == torch.bfloat16):
             hidden = self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
@@ -347,8 +354,9 @@ def check_model(path, config):
     scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1)]
     with torch.device("meta"):
         head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
-    for what in ["sliding_window"] * bool(sliding) + scaled + ["a bias of the head"] * (getattr(head, "bias", None) is not None):
-        die(f"model: {path}: models with {what} are not supported by the packed forward pass")
+    more = scaled + ["sliding_window"] * bool(sliding) + ["a bias of the head"] * (getattr(head, "bias", None) is not None)
+    if more:
+        die(f"model: {path}: models with {', '.join(more)} are not supported by the packed forward pass")
 
 
 def load_policy(path, compute_dtype, device, activation_checkpointing=False, param_dtype=torch.float32, compile=False):
@@ -444,9 +452,15 @@ def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, 
         save_config(dict(state, files=sizes), os.path.join(tmp, "trainer_state.json"))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
-        for old in [c for c in checkpoints(out_dir) if c <= final][keep:]:  # later ones were broken when an older was resumed
-            shutil.rmtree(old)
+        prune(out_dir, final, keep)
     dist.barrier()
+
+
+def prune(out_dir, newest, keep):
+    """Delete a run's checkpoints up to `newest` but the last `keep`. Later ones, which an older one was resumed in place of,
+    are broken, and do not count."""
+    for old in [path for path in checkpoints(out_dir) if path <= newest][keep:]:
+        shutil.rmtree(old)
 
 
 def checkpoints(out_dir):
@@ -548,6 +562,7 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
         "head": 2 * head_chunk * config.vocab_size * 4 + head * (4 + 3 * c)}
     held = out["weights"] + out["optimizer"] + (out["reference"] if reference != "offload" else 0)
     held += out["gradients"] if parallel == "ddp" and ranks > 1 else 0  # DDP's buckets stay
+    held += 2 * head * param_bytes if shards > 1 else 0  # a checkpoint gathers the embedding, whole
     # an offloaded reference model is here for its own pass, when there are no gradients and activations yet
     peak = sum(out.values()) - (out["reference"] if reference == "offload" else 0)
     return {k: v / 2**30 for k, v in (out | {"held": held, "peak": peak}).items()}

@@ -35,7 +35,7 @@ from grader import grade_all
 # ---------------------------------------------------------------------------------------------------------------------
 # the engine
 
-def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=256, tensor_parallel=1):
+def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tensor_parallel=1):
     """A vLLM engine in this process, one per rank (data parallel), inside torchrun's process group.
 
     model: Hugging Face folder or hub id; context: prompt and response tokens of the longest sequence; tensor_parallel:
@@ -52,7 +52,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     else:  # no compiler needed; 32 is the smallest block, so the most of a shared prompt that the prefix cache can hold
         device_args = dict(enforce_eager=True, block_size=32)
         torch._dynamo.config.disable = True  # vLLM's sampler has a compiled function; a bare machine has no compiler
-    return LLM(
+    engine = LLM(
         model,
         dtype=dtype,
         max_model_len=context,
@@ -66,6 +66,10 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         use_tqdm_on_load=False,
         **device_args,
     )
+    if torch.cuda.is_available() and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
+        # of what torch allocates from here on, every free page can go back to the GPU, where vLLM wants it when it wakes up
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    return engine
 
 
 RAW = dict(logprobs=0, flat_logprobs=True, detokenize=False)  # the sampled token's log-probability and id, no text
@@ -170,7 +174,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
     fewer = anchors == "replace" and not hard_only  # then the rollout that is replaced need not be sampled
     owner = []                                            # engine of every prompt issued, in order
     state = torch.zeros(max_prompts, dtype=torch.int8)    # of every prompt, on all ranks: 0 open, 1 dropped, 2 accepted
-    outputs, groups, grading = {}, {}, None               # of this engine's prompts: {response: output}; graded groups
+    outputs, groups = {}, {}                              # of this engine's prompts: {response: output}; graded groups
+    finished, grading = [], None                          # prompts to be graded next; those being graded
 
     def issue(i):
         outputs[i] = {}
@@ -208,16 +213,17 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
                     load[owner[i]] += 1
                     if owner[i] == mine:
                         issue(i)
-            finished = []
             for _ in range(LOOK_EVERY):
                 for out in core.step() if core.has_unfinished_requests() else ():
                     i, k = map(int, out.request_id.split("/"))
                     outputs[i][k] = out.outputs[0]
                     if len(outputs[i]) == n - (fewer and joins[i]):
                         finished.append(i)
-            look()
-            grading = grader.submit(grade, finished if first else [])
-            if not core.has_unfinished_requests():
+            busy = core.has_unfinished_requests()
+            if not (seeded and busy and grading and not grading.done()):  # with seeds it does not matter when a grade is known
+                look()
+                grading, finished = grader.submit(grade, finished if first else []), []
+            if not busy:
                 look()  # nothing to do beside it
             dist.all_reduce(state, dist.ReduceOp.MAX)
 

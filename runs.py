@@ -29,6 +29,7 @@ def open_run(out_dir, config, resumed_step=None):
         for path in there:
             os.rename(path, os.path.join(old, os.path.basename(path)))
         print0(f"{out_dir} held a run; it is now in {old}")
+    os.makedirs(out_dir, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = os.path.join(out_dir, name)
         if resumed_step is None or not os.path.exists(path):
@@ -47,8 +48,10 @@ def open_run(out_dir, config, resumed_step=None):
             keep(name)
             write_whole(path, "".join(kept))
     path, text = os.path.join(out_dir, "run_config.json"), json.dumps(config, indent=1)
-    if os.path.exists(path) and open(path).read() != text:
-        keep("run_config.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            if f.read() != text:
+                keep("run_config.json")
     write_whole(path, text)
 
 

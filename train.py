@@ -40,7 +40,7 @@ streaming = True              # new prompts are issued as others finish; False: 
 max_rounds = 8                # prompts sampled a step at most / prompts_per_step; then train on what there is
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
 gpu_memory_utilization = None  # share of each GPU that vLLM takes (CUDA); None: what the trainer leaves (estimate_memory)
-max_num_seqs = 256            # sequences a vLLM engine runs at once
+max_num_seqs = None           # sequences a vLLM engine runs at once; None: vLLM's own choice (H200: 1024, CPU: 256)
 tp = 1                        # tensor parallel: neighbouring ranks that share an engine; 1: an engine a rank
 sleep_level = 1               # while training, vLLM's weights: 1 to host memory, 2 dropped, 0 stay on the GPU (CUDA)
 # variant and loss
@@ -119,7 +119,7 @@ check(config, dict(
     compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:], sleep_level=(0, 1, 2), anchors=(0, 1),
     anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp")),
     above_zero=("prompts_per_step", "prompts_per_update", "max_response_tokens", "max_steps", "temperature",
-                "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_num_seqs", "max_rounds",
+                "tokens_per_micro_batch", "learning_rate", "keep_ckpts", "eval_problems", "max_rounds",
                 "judge_tokens", "judge_timeout", "judge_concurrency", "tp"),
     not_negative=("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
                   "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"),
@@ -141,6 +141,8 @@ if tis_cap and old_logp == "rollout":
     die(f"tis_cap: {tis_cap} has nothing to correct with old_logp=rollout: pi_old is pi_rollout")
 if tp > 1 and judge == "self" and variant == "dagrpo":
     die("tp: judge=self asks an engine a rank; use 1, or another judge")
+if max_num_seqs is not None and not (isinstance(max_num_seqs, int) and max_num_seqs > 0):
+    die(f"max_num_seqs: {max_num_seqs!r} is not a positive number")
 if gpu_memory_utilization is not None and not (isinstance(gpu_memory_utilization, float) and 0 < gpu_memory_utilization < 1):
     die(f"gpu_memory_utilization: {gpu_memory_utilization!r} is not between 0 and 1")
 if prompts_per_step % prompts_per_update:
@@ -196,11 +198,9 @@ if resume:
     start, start_state = found
     with open(os.path.join(start, "run_config.json")) as f:
         before = json.load(f)
-    if (dataset, data_dir) != (before.get("dataset"), before.get("data_dir")):
-        die(f"dataset: {start} was trained on {before.get('dataset')!r}, and goes on where it was in it; got {dataset!r}")
-    now = json.loads(json.dumps(config))
+    now = json.loads(json.dumps(config))  # tuples are lists there
     if changed := [f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v and k != "resume"]:
-        print0("resumed with other settings: " + ", ".join(changed))
+        print0("note: resumed with other settings: " + ", ".join(changed))
 check_model(model, hf_config)
 if profile and max_steps < start_state["step"] + 3:
     die(f"profile: traces the second and third step; max_steps={max_steps} leaves {max_steps - start_state['step']}")
@@ -242,6 +242,7 @@ if on_cuda and gpu_memory_utilization is None:
         tokens_per_micro_batch, activation_checkpointing))
 engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
                       gpu_memory_utilization, max_num_seqs, tp)
+vllm_bytes = torch.cuda.memory_allocated() if on_cuda and sleep_level else 0  # which torch counts while vLLM sleeps, too
 if compute == torch.bfloat16:
     torch.set_float32_matmul_precision("high")  # TF32 for NTHR's scores; after the engine, which sets it for itself
 if masters == torch.bfloat16 and learning_rate < 1e-5:
@@ -371,6 +372,8 @@ while True:
         judge_counts = judge_all_ranks(list(filter(mixed, groups)), judge, ask, name, scores_known,  # others need no scores
                                        os.path.join(out_dir, f"judge_{rank}.jsonl"), judge_retries)
     sleep_engine(engine, sleep_level)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
     lap("judge" if judged else "rollout")
 
     # advantages of all responses of the step, (B,), on the host: every rank holds every group
@@ -495,6 +498,7 @@ while True:
             correct = (update["rewards"] == 1) & ~update["is_anchor"]
             for key, x in dict(correct=correct, moved=update["moved"] * correct, fell=correct & (update["moved"] < 0)).items():
                 tally[key] += x.sum().double()
+    head = states = None  # vLLM needs the room
     lap("update")
 
     sync_weights(engine, policy.model, sleep_level)
@@ -531,7 +535,7 @@ while True:
         "gap/ratio_max": highest[1].item(), **seconds,
         "perf/rollout_tok_s": (sum(responses) + wasted) / seconds["time/rollout"],
         "perf/train_tok_s": tally["packed"] / seconds["time/update"],
-        "perf/peak_memory_gib": (torch.cuda.max_memory_allocated() if on_cuda else
+        "perf/peak_memory_gib": (torch.cuda.max_memory_allocated() - vllm_bytes if on_cuda else
                                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30,
     }
     if tis_cap:

@@ -5,3 +5,4 @@ out_dir = "out/lld_qwen05b_math"
 questions = 100
 max_response_tokens = 2500
 learning_rate = 5e-7
+activation_checkpointing = True

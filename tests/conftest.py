@@ -34,6 +34,9 @@ def run():
     """run("train.py", "--x=1", ranks=2): the script as a user starts it, from the repository's root. nodes: lists of further
     flags, one a machine: a launcher with a rank for each, joined over the loopback; what the first one printed comes back."""
     def run(script, *args, ranks=0, check=True, nodes=(), **env):
+        import torch
+        if torch.cuda.is_available() and (nodes or ranks > torch.cuda.device_count()):
+            pytest.skip("needs a GPU a rank")  # on a CPU all ranks find room
         launcher = [sys.executable]
         if ranks:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

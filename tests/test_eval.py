@@ -83,6 +83,11 @@ def test_responses_of_other_settings_are_kept_beside_the_new_ones(tmp_path):
     assert evaluation.finished(path, settings | dict(seed=1), problems) == {}
     evaluation.start_file(path, settings | dict(seed=1), {})
     assert open(tmp_path / "sub" / "set.old_1.jsonl").read() == first and open(path).read().count("\n") == 1
+    # a problem that has changed since: its responses are not the set's any more, but stay in a file
+    evaluation.start_file(path, settings, rows)
+    whole = open(path).read()
+    evaluation.start_file(path, settings, {1: rows[1]})
+    assert open(tmp_path / "sub" / "set.old_2.jsonl").read() == whole and len(open(path).readlines()) == 1 + len(rows[1])
 
 
 def test_table_of_a_protocol():
@@ -196,3 +201,12 @@ def test_training_problems_that_are_evaluated_are_dropped():
     rows = [dict(problem=p, answer="1") for p in ("Find  $x$.", "find $y$", "Find $z$")]
     kept, dropped = data.drop_evaluated(rows, "mine.jsonl", None, [dict(problem="Find $X$."), dict(problem="Find\n$y$")])
     assert kept == rows[2:] and dropped == 2
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path, capsys):
+    (tmp_path / "latin.jsonl").write_bytes('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "1½"}\n'.encode("latin-1"))
+    with pytest.raises(SystemExit) as e:
+        data.load_problems(str(tmp_path / "latin.jsonl"), "test")
+    assert e.value.code == 2 and "latin.jsonl, line 2: not UTF-8" in capsys.readouterr().err
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "a", "answer": 1}\n')
+    assert data.load_problems(str(tmp_path / "bom.jsonl"), "test") == [dict(problem="a", answer="1")]

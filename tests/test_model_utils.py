@@ -1,18 +1,19 @@
 """Packing, log-probabilities and checkpoints against plain transformers forwards of the real model."""
 import gzip
 import json
+import math
 import os
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import model_utils
-from model_utils import (HeadLogprob, Policy, balance, check_checkpoint, checkpoints, common_prefix, estimate_memory, load_policy,
-                         make_optimizer, newest_checkpoint, optimizer_step, pack, pack_all, packed_attention,
-                         plan_micro_batches, prefetch, splits_groups)
-from runs import open_run, write_profile
+from model_utils import (HeadLogprob, Policy, balance, check_checkpoint, check_model, checkpoints, common_prefix, estimate_memory,
+                         load_policy, make_optimizer, newest_checkpoint, optimizer_step, pack, pack_all, packed_attention,
+                         plan_micro_batches, prefetch, prune, splits_groups)
+from runs import open_log, open_run, plot_curves, write_profile
 
 CPU = torch.device("cpu")
 
@@ -146,6 +147,7 @@ def test_varlen_layout_is_the_same_attention(prefix, sdpa_tokens, monkeypatch):
     for g in groups:
         g["prompt"] = np.concatenate([np.arange(prefix, dtype=np.int32), g["prompt"]])
     b = pack(groups, [(g, list(range(4))) for g in range(4)], 0, CPU)
+    b.masks = model_utils.tree_masks(b)
     assert b.prefix == prefix and len(b.spans) - bool(prefix) == {0: 4, 40: 2, 256: 1}[sdpa_tokens]
     g = torch.Generator().manual_seed(0)
     t = b.input_ids.numel()
@@ -343,15 +345,50 @@ def test_a_profile_is_written_and_printed(tmp_path, capsys):
 
 def test_open_run_loses_nothing(tmp_path):
     out = tmp_path / "run[1]"
-    open_run(str(out))
+    open_run(str(out), dict(lr=1))
     lines = [json.dumps(r) + "\n" for r in ({"step": 0, "eval/accuracy": 0.1}, {"step": 1, "x": 1}, {"step": 2, "x": 2},
                                             {"step": 2, "eval/accuracy": 0.2}, {"step": 3, "x": 3})]
     (out / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "x"')
     (out / "notes.txt").write_text("mine")
-    open_run(str(out), resumed_step=2)  # the evaluation of step 2 is done again, as in a run that was not interrupted
+    open_run(str(out), dict(lr=2), resumed_step=2)  # the evaluation of step 2 is done again, as in a run that was not interrupted
     assert (out / "metrics.jsonl").read_text() == "".join(lines[:3])
     assert (out / "old_1" / "metrics.jsonl").read_text() == "".join(lines) + '{"step": 4, "x"'
+    assert [json.loads((d / "run_config.json").read_text()) for d in (out, out / "old_1")] == [dict(lr=2), dict(lr=1)]
     fake_checkpoint(out, 2)
-    open_run(str(out))
-    assert sorted(os.listdir(out)) == ["notes.txt", "old_1", "old_2"]
-    assert sorted(os.listdir(out / "old_2")) == ["metrics.jsonl", "step_000002"]
+    (out / "eval").mkdir()
+    open_run(str(out), dict(lr=2))
+    assert sorted(os.listdir(out)) == ["notes.txt", "old_1", "old_2", "run_config.json"]
+    assert sorted(os.listdir(out / "old_2")) == ["eval", "metrics.jsonl", "run_config.json", "step_000002"]
+
+
+def test_rows_and_curves_without_a_figure(tmp_path):
+    """nan is null in metrics.jsonl, which stays JSON, and a gap in the curves."""
+    log = open_log(str(tmp_path), {}, 0)
+    for step, entropy in enumerate((1.0, math.nan, math.inf)):
+        log({"step": step, "train/entropy": entropy, "train/tokens": 3})
+    lines = [json.loads(line, parse_constant=lambda x: pytest.fail(x)) for line in open(tmp_path / "metrics.jsonl")]
+    assert [r["train/entropy"] for r in lines] == [1.0, None, None] and lines[1]["train/tokens"] == 3
+    plot_curves(str(tmp_path))
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_pruning_keeps_a_whole_checkpoint(tmp_path):
+    """Steps 10 and 20, of which 20 is broken; resumed from 10, step 15 is saved: it stays, whatever 20 is."""
+    paths = {step: fake_checkpoint(tmp_path, step) for step in (5, 10, 15, 20)}
+    (paths[20] / "optimizer.pt").unlink()
+    prune(str(tmp_path), str(paths[15]), 1)
+    assert newest_checkpoint(str(tmp_path))[0] == str(paths[15]) and len(checkpoints(str(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("kind, changed, what", [
+    ("granite", dict(logits_scaling=8.0), "logits_scaling"), ("cohere", {}, "logit_scale"), ("phi", {}, "a bias of the head"),
+    ("gemma2", {}, "final_logit_softcapping"), ("mistral", dict(sliding_window=8), "sliding_window"),
+    ("llama", {}, None), ("qwen2", {}, None), ("mistral", dict(sliding_window=None), None)])
+def test_models_whose_head_does_more_are_refused(kind, changed, what, capsys):
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                  num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changed)
+    if what is None:
+        return check_model("x", config)
+    with pytest.raises(SystemExit) as e:
+        check_model("x", config)
+    assert e.value.code == 2 and f"models with {what}" in capsys.readouterr().err

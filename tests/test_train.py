@@ -198,6 +198,13 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--prompts_per_step=8", "--prompts_per_update=3"], "prompts_per_update"),
         (["--group_size=1"], "group_size"),
         (["--variant=gpro"], "variant"),
+        (["--kl_coef=nan"], "kl_coef: nan is not a finite number"),
+        (["--adam_betas=(0.9,)"], "adam_betas: (0.9,)"),
+        (["--system_prompt=5"], "system_prompt: 5 is not a text"),
+        (["--wandb_project=x"], "wandb_project"),
+        (["--data_dir=nowhere"], "data_dir: nowhere"),
+        (["--few_shot=5"], "few_shot: 5"),
+        ([f"--dataset={write(tmp_path / 'half.jsonl', good + good.replace('1 +', chr(92) + 'ud800'))}"], "half.jsonl, line 2: 'problem'"),
         (["--parallel=tp"], "parallel"),
         (["--temperature=0"], "temperature"),
         (["--dataset=mat", "--data_dir=config"], "'math'"),
@@ -232,6 +239,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--profile", "--max_steps=2"], "profile: traces the second and third step"),
         (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
+        ([f"--out_dir={tmp_path / 'file' / 'x'}"], "out_dir"),
     ]
     from concurrent.futures import ThreadPoolExecutor
     pool = ThreadPoolExecutor(2)
