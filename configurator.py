@@ -12,7 +12,6 @@ code 2: see `die`.
 import ast
 import builtins
 import difflib
-import json
 import math
 import os
 import sys
@@ -186,15 +185,3 @@ def check_tp(tp):
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if ranks % tp:
         die(f"tp: {tp} does not divide the {ranks} ranks of a machine")
-
-
-def write_whole(path, text):
-    """Write a text file whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)
-
-
-def save_config(settings, path):
-    """Write the resolved settings as JSON, whole or not at all."""
-    write_whole(path, json.dumps(settings, indent=1))

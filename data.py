@@ -267,7 +267,7 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
     (`end_token`) included, else the first right one. All ranks call together, each grades a share.
 
     Sets row["solution"] (str; None without a right one) and row["anchor"], whether it is short enough; it is never cut.
-    Returns counts, a dict of ints: demonstrations read and wrong, problems_without a right one or with none but too_long ones.
+    Ends the program if none is right. Returns and prints counts, a dict of ints: demonstrations read and wrong, problems_without a right one or with none but too_long ones.
     """
     import torch.distributed as dist
 
@@ -287,6 +287,10 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
         counts["wrong"] -= n
         counts["too_long"] += k is not None and not fits
         counts["problems_without"] += k is None
+    print0(f"{counts['read']} demonstrations, {counts['wrong']} of them wrong and dropped; {counts['problems_without']} of "
+           f"{len(problems)} problems have none, {counts['too_long']} only ones too long to be anchors")
+    if counts["problems_without"] == len(problems):
+        die(f"demos: all {counts['read']} demonstrations are wrong: their last \\boxed{{}} is not the answer")
     return counts
 
 

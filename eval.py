@@ -20,10 +20,11 @@ import sys
 
 import numpy as np
 
-from configurator import check, check_folder, check_tp, configure, die, is_rank0, print0, save_config, write_whole
+from configurator import check, check_folder, check_tp, configure, die, is_rank0, print0
 from grader import vote
-from rollout import build_engine, generate_all_ranks, load_weights, write_jsonl  # before torch: it sets its threads
+from rollout import build_engine, generate_all_ranks, load_weights  # before torch: it sets its threads
 from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
+from runs import free_name, save_figure, write_json, write_jsonl, write_whole
 
 ckpt = "out/quickstart"       # a run's folder, a folder of runs, a step_* folder, any Hugging Face folder, or a hub id;
                               # several, of one kind of model, separated by commas
@@ -165,7 +166,7 @@ def compare_files(a, b):
         print0("McNemar's test is for one response a problem; these have several")
 
 
-def fingerprint(folder):
+def weights_of(folder):
     """What tells these weights from others under the same name, or None for a hub id."""
     if not os.path.isdir(folder):
         return None
@@ -194,8 +195,7 @@ def start_file(path, settings, done):
         with open(path, "rb") as f:
             others = sum(line.endswith(b"\n") for line in f) - 1 - sum(map(len, done.values()))
         if others >= settings["n"]:  # less is a problem whose responses were cut off, and come again
-            stem = path.removesuffix(".jsonl")
-            shutil.copy(path, next(p for i in range(1, 10**6) if not os.path.exists(p := f"{stem}.old_{i}.jsonl")))
+            shutil.copy(path, free_name(path.removesuffix("jsonl") + "old_", ".jsonl"))
     write_jsonl(path, [settings] + [row for group in done.values() for row in group])
 
 
@@ -206,7 +206,7 @@ def check_weights(folder):
     """Raise unless a Hugging Face folder has all of its .safetensors files and they can be opened."""
     from safetensors import safe_open
 
-    names = {f for f, *_ in fingerprint(folder)}
+    names = {f for f, *_ in weights_of(folder)}
     if os.path.isfile(index := os.path.join(folder, "model.safetensors.index.json")):
         with open(index) as f:
             names |= set(json.load(f)["weight_map"].values())
@@ -288,7 +288,7 @@ def plan(models):
                 length = fits
             context = check_lengths(prompts, length, room, f"data {name}")
             stem = os.path.basename(name).removesuffix(".jsonl")
-            settings = dict(ckpt=os.path.abspath(folder) if os.path.isdir(folder) else folder, weights=fingerprint(folder),
+            settings = dict(ckpt=os.path.abspath(folder) if os.path.isdir(folder) else folder, weights=weights_of(folder),
                             data=name, n=k, temperature=heat, top_p=top_p, max_response_tokens=length, seed=seed,
                             prompt=hashlib.sha256(prompts[0].tobytes()).hexdigest()[:16])  # of the first problem
             path = os.path.join(home, label, f"{stem}_n{k}_t{heat:g}.jsonl")
@@ -373,8 +373,6 @@ def plot_steps(results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from runs import save_figure
-
     lines = {}
     for r in results:
         run, _, step = r["model"].rpartition("step_")
@@ -403,7 +401,7 @@ def report(results, home):
     except (OSError, ValueError, KeyError):
         earlier = []
     everything = earlier + results
-    save_config(everything, path)
+    write_json(path, everything)
     write_whole(os.path.join(home, "results.md"), tables(everything))
     plot_steps(everything, os.path.join(home, "accuracy.png"))
 
@@ -431,7 +429,7 @@ if __name__ == "__main__":
 
     from model_utils import setup_distributed
 
-    device = setup_distributed()
+    setup_distributed()
     found = [[job["done"] for job in jobs]]
     dist.broadcast_object_list(found)  # what rank 0 has read: all ranks must agree on what is left to do
     for job, job["done"] in zip(jobs, found[0]):
@@ -440,9 +438,8 @@ if __name__ == "__main__":
     for job in jobs:
         if any(i not in job["done"] for i in range(len(job["problems"]))):
             if engine is None:
-                auto = "bfloat16" if device.type == "cuda" else "float32"
-                engine = build_engine(job["folder"], max(j["context"] for j in jobs), seed, auto if dtype == "auto" else dtype,
-                                      gpu_memory_utilization, max_num_seqs, tp)
+                engine = build_engine(job["folder"], max(j["context"] for j in jobs), seed, dtype, gpu_memory_utilization,
+                                      max_num_seqs, tp)
             elif job["folder"] != inside:
                 load_weights(engine, job["folder"])
             inside = job["folder"]

@@ -15,9 +15,10 @@ import json
 import math
 import os
 
-from configurator import check, check_folder, configure, die, is_rank0, print0, save_config, write_whole
-from rollout import build_engine, sample_batch, sleep_engine, write_jsonl  # before torch: it sets its threads
+from configurator import check, check_folder, configure, die, is_rank0, print0
+from rollout import build_engine, sample_batch, sleep_engine  # before torch: it sets its threads
 from data import check_lengths, encode_prompts, load_problems, load_tokenizer
+from runs import free_name, save_figure, write_json, write_jsonl, write_whole
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -87,12 +88,12 @@ from advantages import (group_advantages, gwhes, influence, nthr_select, policy_
                         token_weights)
 from eval import bootstrap
 from model_utils import check_model, load_policy, make_optimizer, optimizer_step, pack_all, plan_micro_batches, setup_distributed
-from runs import save_figure
 
 check_model(model, hf_config)
 device = setup_distributed()
 rank, world_size = dist.get_rank(), dist.get_world_size()
-auto = "bfloat16" if device.type == "cuda" else "float32"
+if compute_dtype == "auto":
+    compute_dtype = "bfloat16" if device.type == "cuda" else "float32"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions with both outcomes, sampled once and kept
@@ -119,10 +120,10 @@ def begin(name, keys, rows):
     """Write out_dir/name with the settings and rows; one of other settings is kept as old_N/name. Rank 0."""
     path = os.path.join(out_dir, name)
     if os.path.exists(path) and saved(name, keys) is None:
-        old = next(p for i in range(1, 10**6) if not os.path.exists(os.path.join(p := os.path.join(out_dir, f"old_{i}"), name)))
-        os.makedirs(old, exist_ok=True)
-        os.rename(path, os.path.join(old, name))
-        print0(f"{path} is of other settings; it is now in {old}")
+        old = free_name(os.path.join(out_dir, "old_"), f"/{name}")
+        os.makedirs(os.path.dirname(old), exist_ok=True)
+        os.rename(path, old)
+        print0(f"{path} is of other settings; it is now {old}")
     write_jsonl(path, [{k: config[k] for k in keys}] + rows)
 
 
@@ -131,8 +132,7 @@ dist.broadcast_object_list(found)  # what rank 0 has read: all ranks must agree 
 groups, done = found
 engine = None
 if groups is None:
-    engine = build_engine(model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype, gpu_memory_utilization,
-                          max_num_seqs)
+    engine = build_engine(model, context, seed, rollout_dtype, gpu_memory_utilization, max_num_seqs)
     torch.manual_seed(hash((seed, rank)) % 2**63)  # of vLLM's sampling
     kept, sampled, *_ = sample_batch(engine, tokenizer, problems, prompts, 0, seed, prompts_per_step=questions,
                                      oversample=oversample, max_prompts=min(max_rounds * questions, len(problems)),
@@ -146,14 +146,14 @@ if groups is None:
 if not groups:
     die(f"dataset: no question of {dataset} has right and wrong responses; more max_rounds, or an easier set")
 if is_rank0():
-    save_config(config, os.path.join(out_dir, "lld_config.json"))  # config.json would make it a model's folder
+    write_json(os.path.join(out_dir, "lld_config.json"), config)  # config.json would make it a model's folder
     begin("groups.jsonl", of_groups, groups)
     begin("questions.jsonl", of_groups + tuple(of_rows), done)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one update a question and variant
 
-policy = load_policy(model, getattr(torch, auto if compute_dtype == "auto" else compute_dtype), device, activation_checkpointing)
+policy = load_policy(model, getattr(torch, compute_dtype), device, activation_checkpointing)
 policy.train()
 theta = [p.detach().clone() for p in policy.parameters()]
 optim = make_optimizer(policy, optimizer, learning_rate, adam_betas, weight_decay)
@@ -404,7 +404,7 @@ def page(rows):
 
 if is_rank0():
     summary = summarize(done)
-    save_config(summary, os.path.join(out_dir, "summary.json"))
+    write_json(os.path.join(out_dir, "summary.json"), summary)
     for name, text in (("summary.md", markdown(summary)), ("tokens.html", page(done))):
         write_whole(os.path.join(out_dir, name), text)
     draw(done)

@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from configurator import die, is_rank0, print0, save_config
+from configurator import die, is_rank0, print0
+from runs import write_json
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -447,9 +448,9 @@ def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, 
         policy.model.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         torch.save(moments, os.path.join(tmp, "optimizer.pt"))
-        save_config(config, os.path.join(tmp, "run_config.json"))
+        write_json(os.path.join(tmp, "run_config.json"), config)
         sizes = {name: os.path.getsize(os.path.join(tmp, name)) for name in sorted(os.listdir(tmp))}
-        save_config(dict(state, files=sizes), os.path.join(tmp, "trainer_state.json"))
+        write_json(os.path.join(tmp, "trainer_state.json"), dict(state, files=sizes))
         shutil.rmtree(final, ignore_errors=True)
         os.rename(tmp, final)
         prune(out_dir, final, keep)

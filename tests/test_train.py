@@ -108,6 +108,13 @@ def test_resume_gives_the_same_metrics(whole, run):
     run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=2", "--eval_every=1", "--keep_ckpts=3", "--resume")
     assert figures(cut / "metrics.jsonl") == figures(out / "metrics.jsonl")
     assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
+    # the first update of the next step destroys the weights, so that the second has no gradient: the checkpoints stay
+    done = run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=3", "--eval_every=1", "--keep_ckpts=1", "--resume",
+               "--learning_rate=1e30", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "the gradient norm is nan" in done.stdout, done.stdout
+    assert "learning_rate 2e-05 -> 1e+30" in done.stdout and "max_steps 2 -> 3" in done.stdout
+    assert [p.name for p in sorted(cut.glob("step_*"))] == ["step_000001", "step_000002"]
+    assert rows(cut / "metrics.jsonl")[-1]["train/grad_norm"] is None
 
 
 def test_two_ranks(run, tmp_path):
