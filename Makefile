@@ -2,7 +2,7 @@
 # make dagrpo       set up (once), then train with a judge and worked solutions as anchors: out/dagrpo_quickstart/
 # make test         set up (once), then run the tests
 # make lld          set up (once), then measure Lazy Likelihood Displacement: out/lld/
-# make bench        what NTHR adds to a trainer step, in seconds and memory; what shared prompts save
+# make bench        what NTHR adds to a trainer step, what shared prompts save; on a GPU also MFU, rollouts, weight push, sleep
 # make race         TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
 # make configs-check  do the configs hold what the papers state, and which GPU does each fit
 PYTHON ?= python3

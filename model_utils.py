@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from configurator import die, is_rank0, print0
@@ -362,11 +362,12 @@ def check_model(path, config):
 
 def load_policy(path, compute_dtype, device, activation_checkpointing=False, param_dtype=torch.float32, compile=False):
     """Load a Hugging Face folder or hub id as a Policy with parameters of `param_dtype` on `device`; one that is to be
-    sharded is better loaded on the CPU, see parallelize.
+    sharded is better loaded on the CPU, see parallelize. path may be a Hugging Face config: random weights.
 
     compile: True, or a backend of torch.compile; the layers are compiled, one by one, their attention is not.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=param_dtype, attn_implementation="packed")
+    load = AutoModelForCausalLM.from_config if isinstance(path, PretrainedConfig) else AutoModelForCausalLM.from_pretrained
+    model = load(path, dtype=param_dtype, attn_implementation="packed")
     if activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.base_model.layers if compile else ():
