@@ -15,6 +15,7 @@ prompt + response alone, without padding and without computing anything twice.
 import ctypes
 import glob
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -39,9 +40,11 @@ try:
 except ImportError:  # torch's own build of the same kernels
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 takes fewer key heads unasked
+    GROUPED = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=(-1, 0 if causal else -1),
-                           **({} if q.shape[1] == k.shape[1] else dict(enable_gqa=True)))
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=(-1, 0 if causal else -1), **GROUPED)
 
 
 def setup_distributed():
