@@ -144,14 +144,15 @@ def configure(script_globals, argv=None):
     return settings
 
 
-def check(settings, known, above_zero=(), not_negative=(), infinite=(), text=(), text_or_none=()):
+def check(settings, known, above_zero=(), not_negative=(), whole=(), infinite=(), text=(), text_or_none=()):
     """End the program if a setting has a value that no run can use.
 
-    known: {key: the values it may have}, a tuple's items one by one; the type float among them stands for any number.
-    above_zero, not_negative: keys of numbers; infinite: those that may be so, nan none may be.
+    known: {key: a tuple of the values it may have, or a list of those that the setting, a tuple, may hold}; the type float
+    among them stands for any number. above_zero, not_negative: keys of numbers; whole: of counts or None; infinite: of
+    numbers that may be so, nan none may be.
     """
     for key, values in known.items():
-        for value in settings[key] if isinstance(settings[key], tuple) else (settings[key],):
+        for value in settings[key] if isinstance(values, list) else (settings[key],):
             number = float in values and isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number and value not in values:
                 die(f"{key}: {value!r} is none of {', '.join('a number' if v is float else str(v) for v in values)}")
@@ -162,8 +163,12 @@ def check(settings, known, above_zero=(), not_negative=(), infinite=(), text=(),
             die(f"{key}: {value} is too small")
         if key in not_negative and value < 0:
             die(f"{key}: {value} is negative")
+        if key in whole and value is not None and not (type(value) is int and value > 0):
+            die(f"{key}: {value!r} is not a positive whole number")
         if (key in text or key in text_or_none and value is not None) and not isinstance(value, str):
             die(f"{key}: {value!r} is not a text")
+        if key == "data_dir" and value is not None and not os.path.isdir(value):
+            die(f"data_dir: {value} is not a folder")
         if key == "seed" and value >= 2**32:
             die(f"seed: {value} is not below 2**32, the most that numpy takes")
         if key == "adam_betas" and not (len(value) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value)):

@@ -135,8 +135,6 @@ def load_problems(name, split, key="dataset", data_dir=None):
     SETS is looked for in the folder data_dir, then on the Hugging Face hub. split: "train" or "test", for names. key: the
     setting that named it, for the error. A missing or empty set or a malformed row ends the program.
     """
-    if data_dir is not None and not os.path.isdir(data_dir):
-        die(f"data_dir: {data_dir} is not a folder")
     if name in MADE:
         return MADE[name](split)
     if os.path.isfile(name):
@@ -147,6 +145,8 @@ def load_problems(name, split, key="dataset", data_dir=None):
             + f" ({', '.join([*MADE, *SETS])})")
     if split not in SETS[name]:
         die(f"{key}: {name} has no {split} split; sets that have one: {', '.join(n for n in SETS if split in SETS[n])}")
+    if data_dir is not None and not os.path.isdir(data_dir):
+        die(f"data_dir: {data_dir} is not a folder")
     path = _local_file(name, split, data_dir)
     if path:
         return _read_problems(path, key)
@@ -191,7 +191,9 @@ def _read_problems(path, key, second="answer"):
                     value = row[field] = repr(value)
                 if not isinstance(value, str) or not value.strip():
                     die(f"{where}: {field!r} is " + ("missing" if field not in row else f"{value!r}, not a text"))
-                if any("\ud800" <= c <= "\udfff" for c in value):  # half of a pair, which no tokenizer takes
+                try:
+                    value.encode()
+                except UnicodeEncodeError:  # half of a surrogate pair, which no tokenizer takes
                     die(f"{where}: {field!r} is {value!r}, not Unicode")
             rows.append(row)
     if not rows:

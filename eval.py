@@ -413,12 +413,10 @@ if __name__ == "__main__":
             die(f"compare: two files are needed, got {len(compare)}")
         compare_files(*compare)
         sys.exit()
-    for key in ("n", "max_num_seqs", "max_response_tokens", "max_problems", "save_every", "tp"):
-        if config[key] is not None and (not isinstance(config[key], int) or config[key] < 1):
-            die(f"{key}: {config[key]!r} is not a positive number")
     if temperature is not None and (isinstance(temperature, (bool, str)) or temperature < 0) or not 0 < top_p <= 1:
         die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
     check(config, dict(dtype=("auto", "float32", "bfloat16"), protocol=(None, *PROTOCOLS)), not_negative=("seed",),
+          whole=("n", "max_num_seqs", "max_response_tokens", "max_problems", "save_every", "tp"),
           text=("ckpt",), text_or_none=("data", "data_dir", "system_prompt", "out_dir"))
     check_tp(tp)
     jobs = plan([model for part in ckpt.split(",") for model in find_models(part)])

@@ -61,11 +61,11 @@ pages = 8                     # questions in tokens.html, those of smallest Delt
 config = configure(globals())
 
 DTYPES = ("auto", "float32", "bfloat16")
-check(config, dict(variants=("grpo", "pos_only", "random", "nthr"), optimizer=("adamw", "sgd"), nthr_vocab=("response", "full"),
+check(config, dict(variants=["grpo", "pos_only", "random", "nthr"], optimizer=("adamw", "sgd"), nthr_vocab=("response", "full"),
                    split=("train", "test"), advantage_norm=("std", "mean"), loss_norm=("group", "token", "constant"),
                    nthr_eta=("2|0.5-p|", "p", "1-p", float), compute_dtype=DTYPES, rollout_dtype=DTYPES),
       above_zero=("questions", "max_response_tokens", "max_rounds", "temperature", "learning_rate", "tokens_per_micro_batch"),
-      not_negative=("seed", "grad_clip", "weight_decay", "pages"), infinite=("nthr_beta", "oversample"),
+      not_negative=("seed", "grad_clip", "weight_decay", "pages"), whole=("max_num_seqs",), infinite=("nthr_beta", "oversample", "grad_clip"),
       text=("model", "dataset", "out_dir"), text_or_none=("data_dir", "system_prompt"))
 if not variants:
     die("variants: none given")

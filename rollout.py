@@ -68,9 +68,9 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         use_tqdm_on_load=False,
         **device_args,
     )
-    if torch.cuda.is_available() and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):
+    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # of what torch allocates from here on, every free page can go back to the GPU, where vLLM wants it when it wakes up
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return engine
 
 
@@ -194,7 +194,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompt
                 if joins[i] and not (hard_only and g["rewards"].any()) else g for i, g in zip(finished, made)}
 
     def look():
-        """Take in what the grader has been given; only here, so that every run sees it at the same point."""
+        """Take in what the grader has been given; only here, and without seeds always at the same point of a run."""
         for i, g in grading.result().items() if grading else ():
             groups[i] = g
             state[i] = 2 if keep_all or mixed(g) else 1

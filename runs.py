@@ -70,7 +70,7 @@ def open_run(out_dir, config, resumed_step=None):
     path, text = os.path.join(out_dir, "run_config.json"), json.dumps(config, indent=1)
     if os.path.exists(path):
         with open(path) as f:
-            if f.read() != text:
+            if json.load(f) | dict(resume=None) != json.loads(text) | dict(resume=None):
                 keep("run_config.json")
     write_whole(path, text)
 
@@ -109,9 +109,9 @@ def open_log(out_dir, config, first_step, wandb_project=None):
 
 
 def sample_rows(step, groups, tokenizer, count):
-    """Rows of samples.jsonl: the first `count` responses of the groups whose `advantages` this rank knows; of judged groups
-    with the judge's score, the margin and whether the response was kept (`scores`, `margins`, `lam`)."""
-    responses = ((g, i) for g in groups if "advantages" in g for i in range(len(g["responses"])))
+    """Rows of samples.jsonl, the first `count` responses of the groups; with a judge its score, the margin and whether the
+    response was kept (`scores`, `margins`, `lam`) too."""
+    responses = ((g, i) for g in groups for i in range(len(g["responses"])))
     return [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
                  response=g["texts"][i], reward=float(g["rewards"][i]), advantage=float(g["advantages"][i]),
                  truncated=bool(g["truncated"][i]), anchor=bool(g["anchor"][i]),

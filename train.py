@@ -123,7 +123,7 @@ check(config, dict(
                 "judge_tokens", "judge_timeout", "judge_concurrency", "tp"),
     not_negative=("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
                   "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"),
-    infinite=("nthr_beta", "oversample", "clip_high", "max_rounds"), text=("model", "dataset", "out_dir"),
+    whole=("max_num_seqs",), infinite=("nthr_beta", "oversample", "clip_high", "tis_cap", "grad_clip", "judge_timeout"), text=("model", "dataset", "out_dir"),
     text_or_none=("eval_dataset", "data_dir", "system_prompt", "demos", "judge_model", "wandb_project"))
 check_tp(tp)
 if nthr_beta == math.inf:
@@ -141,13 +141,11 @@ if tis_cap and old_logp == "rollout":
     die(f"tis_cap: {tis_cap} has nothing to correct with old_logp=rollout: pi_old is pi_rollout")
 if tp > 1 and judge == "self" and variant == "dagrpo":
     die("tp: judge=self asks an engine a rank; use 1, or another judge")
-if max_num_seqs is not None and not (isinstance(max_num_seqs, int) and max_num_seqs > 0):
-    die(f"max_num_seqs: {max_num_seqs!r} is not a positive number")
 if gpu_memory_utilization is not None and not (isinstance(gpu_memory_utilization, float) and 0 < gpu_memory_utilization < 1):
     die(f"gpu_memory_utilization: {gpu_memory_utilization!r} is not between 0 and 1")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
-if wandb_project and importlib.util.find_spec("wandb") is None:
+if wandb_project and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # wandb's own folder of runs is no package
     die("wandb_project: the package wandb is not installed")
 if eval_dataset is None and "test" in splits(dataset):
     eval_dataset = dataset
@@ -493,6 +491,8 @@ while True:
             for key, x in dict(correct=correct, moved=update["moved"] * correct, fell=correct & (update["moved"] < 0)).items():
                 tally[key] += x.sum().double()
     head = states = None  # vLLM needs the room
+    for update in updates:
+        update["scored"] = None
     lap("update")
 
     sync_weights(engine, policy.model, sleep_level)

@@ -89,8 +89,8 @@ def measure(*functions):
             began = now()
             try:
                 function()
-            except torch.OutOfMemoryError:
-                seconds[i].append(float("nan"))
+            except torch.OutOfMemoryError:  # CUDA only
+                seconds[i] = [float("nan")] * (repeat + 1)
                 torch.cuda.empty_cache()
                 continue
             took = now() - began

@@ -35,7 +35,7 @@ def run():
     flags, one a machine: a launcher with a rank for each, joined over the loopback; what the first one printed comes back."""
     def run(script, *args, ranks=0, check=True, nodes=(), **env):
         import torch
-        if torch.cuda.is_available() and (nodes or ranks > torch.cuda.device_count()):
+        if torch.cuda.is_available() and max(ranks, len(nodes)) > torch.cuda.device_count():
             pytest.skip("needs a GPU a rank")  # on a CPU all ranks find room
         launcher = [sys.executable]
         if ranks:
@@ -50,7 +50,7 @@ def run():
         others = [subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(nodes)}", f"--node_rank={i}", "--nproc_per_node=1",
              "--master_addr=127.0.0.1", f"--master_port={port}", script, *map(str, args), *map(str, own)],
-            cwd=ROOT, env=clean | env | {"OMP_NUM_THREADS": "1"}, text=True, stdout=logs[i], stderr=subprocess.STDOUT)
+            cwd=ROOT, env=clean | env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(i)}, text=True, stdout=logs[i], stderr=subprocess.STDOUT)
             for i, own in enumerate(nodes)]
         if nodes:
             codes = [p.wait() for p in others]

@@ -101,13 +101,14 @@ def test_only_rank_0_prints(capsys, monkeypatch):
 @pytest.mark.parametrize("changed, words", [
     (dict(rate=math.nan), "rate: nan"), (dict(rate=math.inf), "rate: inf"), (dict(rate=0.0), "rate: 0.0 is too small"),
     (dict(bound=math.nan), "bound: nan"), (dict(steps=-1), "steps: -1 is negative"), (dict(seed=2**32), "seed: 4294967296"),
-    (dict(eta="q"), "eta: 'q' is none of None, p, a number"), (dict(eta=True), "eta: True"), (dict(eta=math.nan), "eta: nan"),
+    (dict(eta="q"), "eta: 'q' is none of None, p, a number"), (dict(eta=True), "eta: True"), (dict(eta=(0.5,)), "eta: (0.5,)"), (dict(count=0), "count: 0"), (dict(count="x"), "count: 'x'"),
+    (dict(count=1.5), "count: 1.5"), (dict(data_dir="nowhere"), "data_dir: nowhere"), (dict(eta=math.nan), "eta: nan"),
     (dict(kinds=("a", "c")), "kinds: 'c' is none of a, b"), (dict(name=None), "name: None is not a text"),
     (dict(other=3), "other: 3 is not a text"), (dict(adam_betas=(0.9, 1.0)), "adam_betas"), (dict(adam_betas=("a", "b")), "adam_betas"),
     ({}, None), (dict(bound=math.inf), None), (dict(eta=3), None), (dict(eta="p"), None), (dict(other="x", steps=0), None)])
 def test_check(capsys, changed, words):
-    settings = dict(rate=0.1, bound=1.0, steps=1, seed=0, eta=None, kinds=("a",), name="x", other=None, adam_betas=(0, 0.9)) | changed
-    args = dict(known=dict(eta=(None, "p", float), kinds=("a", "b")), above_zero=("rate",), not_negative=("steps", "seed"),
+    settings = dict(rate=0.1, bound=1.0, steps=1, seed=0, eta=None, kinds=("a",), name="x", other=None, count=None, adam_betas=(0, 0.9)) | changed
+    args = dict(known=dict(eta=(None, "p", float), kinds=["a", "b"]), above_zero=("rate",), not_negative=("steps", "seed"), whole=("count",),
                 infinite=("bound",), text=("name",), text_or_none=("other",))
     if words is None:
         return check(settings, **args)

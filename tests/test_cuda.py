@@ -1,5 +1,5 @@
-"""What only a GPU can show of the trainer: the CUDA kernels against plain float32 or float64. Skipped without one. (The tests that
-start train.py, eval.py and lld.py run on whatever there is: whole runs, resume, two ranks.)"""
+"""What only a GPU can show of the trainer: the CUDA kernels against plain float32 or float64. Skipped without one.
+The tests that start train.py, eval.py and lld.py (whole runs, resume, two ranks) run on whatever there is."""
 import numpy as np
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_varlen_kernel_against_masks(prefix, heads):
         assert (got.float() - want).abs().max() < 0.02 * want.abs().max() + 0.02
 
 
-@pytest.mark.parametrize("dtype, mean, most", [(torch.float32, 1e-5, 1e-3), (torch.bfloat16, 0.2, 1.5)])  # of tokens as unlikely as exp(-14)
+@pytest.mark.parametrize("dtype, mean, most", [(torch.float32, 1e-4, 1e-3), (torch.bfloat16, 0.2, 1.5)])  # of tokens as unlikely as exp(-14)
 def test_packed_logprobs_of_the_real_model(model_dir, dtype, mean, most):
     groups = with_common_prompt(random_groups(49152, SIZES), 20)
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
@@ -76,8 +76,7 @@ def test_scores(precision, tolerance):
     try:
         for vocab in ("response", "full"):
             want = influence(h, y, lse, head, source, 1.0, vocab)
-            got = influence(*(x.float().to(CUDA) for x in (h,)), y.to(CUDA), lse.float().to(CUDA), head.float().to(CUDA), source.to(CUDA),
-                            1.0, vocab)
+            got = influence(h.float().to(CUDA), y.to(CUDA), lse.float().to(CUDA), head.float().to(CUDA), source.to(CUDA), 1.0, vocab)
             assert (got.cpu() - want).abs().max() < tolerance * want.abs().max()
     finally:
         torch.set_float32_matmul_precision(before)

@@ -195,6 +195,7 @@ def test_demonstrations_join_groups_before_they_are_accepted(world):
                              max_prompts=1, keep_all=True, n=2, anchors="add", end=end, temperature=1.0, max_response_tokens=4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's sleep mode is for one engine a process")
 def test_weight_sync_of_an_untied_head(world, tmp_path):
     """The same with a head of its own, in an engine of its own: only the head is changed, then everything. The last
     one here: an engine's end is the process group's."""

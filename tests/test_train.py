@@ -1,4 +1,5 @@
 """train.py and eval.py as users run them: whole runs, resumed runs, two ranks, and every kind of bad input."""
+import importlib.util
 import json
 import shutil
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 SMALL = ("config/quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1", "--group_size=4",
-         "--eval_problems=8", "--oversample=4", "--max_rounds=8", "--tokens_per_micro_batch=200", "--variant=grpo")
+         "--eval_problems=8", "--oversample=4", "--max_rounds=8", "--tokens_per_micro_batch=200", "--variant=grpo",
+         "--compute_dtype=float32", "--rollout_dtype=float32")
 
 
 def rows(path):
@@ -14,8 +16,8 @@ def rows(path):
 
 
 def figures(path):
-    """Metrics less what a clock or the memory of a process decides."""
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))} for r in rows(path)]
+    """Metrics less what a clock or the memory of a process decides (on a GPU that is also what is in work at an end)."""
+    return [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/", "rollout/tokens_wasted"))} for r in rows(path)]
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +210,6 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--kl_coef=nan"], "kl_coef: nan is not a finite number"),
         (["--adam_betas=(0.9,)"], "adam_betas: (0.9,)"),
         (["--system_prompt=5"], "system_prompt: 5 is not a text"),
-        (["--wandb_project=x"], "wandb_project"),
         (["--data_dir=nowhere"], "data_dir: nowhere"),
         (["--few_shot=5"], "few_shot: 5"),
         ([f"--dataset={write(tmp_path / 'half.jsonl', good + good.replace('1 +', chr(92) + 'ud800'))}"], "half.jsonl, line 2: 'problem'"),
@@ -248,6 +249,8 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
         ([f"--out_dir={tmp_path / 'file' / 'x'}"], "out_dir"),
     ]
+    if importlib.util.find_spec("wandb") is None:
+        cases.append((["--wandb_project=x"], "wandb_project"))
     from concurrent.futures import ThreadPoolExecutor
     pool = ThreadPoolExecutor(2)
     refused = pool.map(lambda case: run("train.py", f"--model={model_dir}", *case[0], check=False,
