@@ -375,11 +375,11 @@ def load_tokenizer(model, key="model"):
 
     key: the setting that named it, for the error.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     local = model.startswith((".", "/", "~")) or model.count("/") != 1 or os.path.isdir(model.split("/")[0])
     if local and not os.path.isfile(os.path.join(model, "config.json")):
         die(f"{key}: {model} " + ("has no config.json" if os.path.isdir(model) else "is not a folder"))
+    from transformers import AutoConfig, AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
     except Exception as e:  # the libraries raise OSError, ValueError, KeyError and their own, for files and for hubs

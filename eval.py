@@ -24,7 +24,7 @@ from configurator import check, check_folder, check_tp, configure, die, is_rank0
 from grader import vote
 from rollout import build_engine, generate_all_ranks, load_weights  # before torch: it sets its threads
 from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
-from runs import free_name, save_figure, write_json, write_jsonl, write_whole
+from runs import check_checkpoint, checkpoints, free_name, save_figure, write_json, write_jsonl, write_whole
 
 ckpt = "out/quickstart"       # a run's folder, a folder of runs, a step_* folder, any Hugging Face folder, or a hub id;
                               # several, of one kind of model, separated by commas
@@ -222,8 +222,6 @@ def find_models(ckpt):
 
     Ends the program if there is nothing whole.
     """
-    from model_utils import check_checkpoint, checkpoints
-
     home = os.path.join(ckpt, "eval")
     if not os.path.isdir(ckpt) or os.path.isfile(os.path.join(ckpt, "config.json")):
         found = [(os.path.basename(ckpt.rstrip("/")), ckpt)]

@@ -13,15 +13,12 @@ prompt + response alone, without padding and without computing anything twice.
     targets          1 2 3 4
 """
 import ctypes
-import glob
 import hashlib
 import inspect
-import json
 import os
 import shutil
 import socket
 import sys
-import zipfile
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -33,7 +30,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.utils import logging as transformers_logging
 
 from configurator import die, is_rank0, print0
-from runs import write_json
+from runs import prune, write_json
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -432,7 +429,8 @@ def fingerprint(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints: out_dir/step_000010/ is a Hugging Face folder, with the trainer's state beside the weights
+# checkpoints: out_dir/step_000010/ is a Hugging Face folder, with the trainer's state beside the weights. Which there are,
+# and which are whole: runs.py
 
 def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, keep):
     """Write out_dir/step_NNNNNN aside and rename it, then delete all but the newest `keep`. All ranks call together.
@@ -459,49 +457,6 @@ def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, 
         os.rename(tmp, final)
         prune(out_dir, final, keep)
     dist.barrier()
-
-
-def prune(out_dir, newest, keep):
-    """Delete a run's checkpoints up to `newest` but the last `keep`. Later ones, which an older one was resumed in place of,
-    are broken, and do not count."""
-    for old in [path for path in checkpoints(out_dir) if path <= newest][keep:]:
-        shutil.rmtree(old)
-
-
-def checkpoints(out_dir):
-    """Checkpoint folders of a run, newest first, whole or not."""
-    return sorted(glob.glob(os.path.join(glob.escape(out_dir), "step_" + "[0-9]" * 6)), reverse=True)
-
-
-def check_checkpoint(path):
-    """Raise unless every file that was saved is there, as long as it was, and can be opened."""
-    from safetensors import safe_open
-
-    with open(os.path.join(path, "trainer_state.json")) as f:
-        state = json.load(f)
-    for name, size in state["files"].items():
-        file = os.path.join(path, name)
-        if os.path.getsize(file) != size:
-            raise ValueError(f"{name} has {os.path.getsize(file)} bytes, not {size}")
-        if name.endswith(".json"):
-            with open(file) as f:
-                json.load(f)
-        elif name.endswith(".safetensors"):
-            with safe_open(file, "pt") as f:
-                f.keys()
-        elif name.endswith(".pt") and zipfile.ZipFile(file).testzip():
-            raise ValueError(f"{name} is damaged")
-    return state
-
-
-def newest_checkpoint(out_dir):
-    """(folder, trainer state) of the newest whole checkpoint of a run, or None. Broken ones are passed over, aloud."""
-    for path in checkpoints(out_dir):
-        try:
-            return path, check_checkpoint(path)
-        except Exception as e:  # whatever is wrong with it, an older one may be whole
-            print0(f"warning: {path} is not a whole checkpoint ({e}); looking for an older one")
-    return None
 
 
 def load_optimizer(path, optimizer):

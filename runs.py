@@ -1,10 +1,11 @@
-"""A run's folder: files written whole, those of earlier runs, its log, its picture, its profile."""
+"""A run's folder: files written whole, those of earlier runs, its log, its checkpoints, its picture, its profile."""
 import glob
 import itertools
 import json
 import math
 import os
 import shutil
+import zipfile
 
 from configurator import print0
 
@@ -135,6 +136,49 @@ def step_line(row):
             f"{row['rollout/truncated']:.2f}, entropy {row['train/entropy']:.3f}, loss {row['train/loss']:+.4f}, grad "
             f"{row['train/grad_norm']:.2f}, clip {row['train/clip_fraction']:.3f}, kl {row['train/kl']:.4f}, gap "
             f"{row['gap/mean']:.1e}/{row['gap/max']:.1e}, wasted {row['rollout/tokens_wasted']},{extra} s: {phases}")
+
+
+def prune(out_dir, newest, keep):
+    """Delete a run's checkpoints up to `newest` but the last `keep`. Later ones, which an older one was resumed in place of,
+    are broken, and do not count."""
+    for old in [path for path in checkpoints(out_dir) if path <= newest][keep:]:
+        shutil.rmtree(old)
+
+
+def checkpoints(out_dir):
+    """Checkpoint folders of a run, newest first, whole or not."""
+    return sorted(glob.glob(os.path.join(glob.escape(out_dir), "step_" + "[0-9]" * 6)), reverse=True)
+
+
+def check_checkpoint(path):
+    """Raise unless every file that was saved is there, as long as it was, and can be opened."""
+    from safetensors import safe_open
+
+    with open(os.path.join(path, "trainer_state.json")) as f:
+        state = json.load(f)
+    for name, size in state["files"].items():
+        file = os.path.join(path, name)
+        if os.path.getsize(file) != size:
+            raise ValueError(f"{name} has {os.path.getsize(file)} bytes, not {size}")
+        if name.endswith(".json"):
+            with open(file) as f:
+                json.load(f)
+        elif name.endswith(".safetensors"):
+            with safe_open(file, "pt") as f:
+                f.keys()
+        elif name.endswith(".pt") and zipfile.ZipFile(file).testzip():
+            raise ValueError(f"{name} is damaged")
+    return state
+
+
+def newest_checkpoint(out_dir):
+    """(folder, trainer state) of the newest whole checkpoint of a run, or None. Broken ones are passed over, aloud."""
+    for path in checkpoints(out_dir):
+        try:
+            return path, check_checkpoint(path)
+        except Exception as e:  # whatever is wrong with it, an older one may be whole
+            print0(f"warning: {path} is not a whole checkpoint ({e}); looking for an older one")
+    return None
 
 
 def read_metrics(out_dir):

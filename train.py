@@ -109,6 +109,7 @@ from rollout import (accuracy, build_engine, generate_all_ranks, mixed, sample_b
 from data import (check_lengths, drop_evaluated, encode_prompts, end_token, load_demos, load_problems, load_tokenizer, splits,
                   verify_demos)
 from judge import ask_engine, ask_server, judge_all_ranks, judge_prompt, open_server, read_cache
+from runs import newest_checkpoint, open_log, open_run, plot_curves, sample_rows, step_line, write_profile
 
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
 DTYPES = ("auto", "float32", "bfloat16")
@@ -123,7 +124,8 @@ check(config, dict(
                 "judge_tokens", "judge_timeout", "judge_concurrency", "tp"),
     not_negative=("eval_every", "ckpt_every", "warmup_steps", "decay_steps", "kl_coef", "clip_low", "clip_high", "grad_clip",
                   "weight_decay", "samples_per_step", "seed", "judge_retries", "tis_cap"),
-    whole=("max_num_seqs",), infinite=("nthr_beta", "oversample", "clip_high", "tis_cap", "grad_clip", "judge_timeout"), text=("model", "dataset", "out_dir"),
+    whole=("max_num_seqs",), infinite=("nthr_beta", "oversample", "clip_high", "tis_cap", "grad_clip", "judge_timeout"),
+    text=("model", "dataset", "out_dir"),
     text_or_none=("eval_dataset", "data_dir", "system_prompt", "demos", "judge_model", "wandb_project"))
 check_tp(tp)
 if nthr_beta == math.inf:
@@ -147,6 +149,19 @@ if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide prompts_per_step={prompts_per_step}")
 if wandb_project and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # wandb's own folder of runs is no package
     die("wandb_project: the package wandb is not installed")
+start, start_state = None, dict(step=0, position=0)
+if resume:
+    found = newest_checkpoint(out_dir)
+    if found is None:
+        die(f"resume: no whole checkpoint in {out_dir}; on several machines it has to be where all of them see it")
+    start, start_state = found
+    with open(os.path.join(start, "run_config.json")) as f:
+        before = json.load(f)
+    now = json.loads(json.dumps(config))  # tuples are lists there
+    if changed := [f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v and k != "resume"]:
+        print0("note: resumed with other settings: " + ", ".join(changed))
+if profile and max_steps < start_state["step"] + 3:
+    die(f"profile: traces the second and third step; max_steps={max_steps} leaves {max_steps - start_state['step']}")
 if eval_dataset is None and "test" in splits(dataset):
     eval_dataset = dataset
 train_problems = load_problems(dataset, "train", data_dir=data_dir)
@@ -184,24 +199,10 @@ from advantages import (check_rewards, dagrpo_margins, dagrpo_masks, group_advan
                         nthr_eta as eta_of, nthr_select, policy_loss, random_like, sum_by, token_advantages, token_weights,
                         truncated_importance)
 from model_utils import (balance, check_model, estimate_memory, fingerprint, full, load_optimizer, load_policy, make_optimizer, mfu,
-                         newest_checkpoint, optimizer_step, pack_all, parallelize, plan_micro_batches, prefetch,
-                         save_checkpoint, setup_distributed, splits_groups, vllm_share)
-from runs import open_log, open_run, plot_curves, sample_rows, step_line, write_profile
+                         optimizer_step, pack_all, parallelize, plan_micro_batches, prefetch, save_checkpoint, setup_distributed,
+                         splits_groups, vllm_share)
 
-start, start_state = None, dict(step=0, position=0)
-if resume:
-    found = newest_checkpoint(out_dir)
-    if found is None:
-        die(f"resume: no whole checkpoint in {out_dir}; on several machines it has to be where all of them see it")
-    start, start_state = found
-    with open(os.path.join(start, "run_config.json")) as f:
-        before = json.load(f)
-    now = json.loads(json.dumps(config))  # tuples are lists there
-    if changed := [f"{k} {before.get(k)!r} -> {v!r}" for k, v in now.items() if before.get(k) != v and k != "resume"]:
-        print0("note: resumed with other settings: " + ", ".join(changed))
 check_model(model, hf_config)
-if profile and max_steps < start_state["step"] + 3:
-    die(f"profile: traces the second and third step; max_steps={max_steps} leaves {max_steps - start_state['step']}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # set up: process group, run folder, engine (first: it measures free memory), policy, optimizer

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import check, configure
+from configurator import check, check_folder, configure
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,6 +115,16 @@ def test_check(capsys, changed, words):
     with pytest.raises(SystemExit) as e:
         check(settings, **args)
     assert e.value.code == 2 and f"error: {words}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "x", ""):
+        with pytest.raises(SystemExit) as e:
+            check_folder(str(path))
+        assert e.value.code == 2 and "error: out_dir: " in capsys.readouterr().err
+    check_folder(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_help(capsys):

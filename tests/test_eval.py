@@ -210,3 +210,10 @@ def test_a_file_of_another_encoding_is_refused(tmp_path, capsys):
     assert e.value.code == 2 and "latin.jsonl, line 2: not UTF-8" in capsys.readouterr().err
     (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "a", "answer": 1}\n')
     assert data.load_problems(str(tmp_path / "bom.jsonl"), "test") == [dict(problem="a", answer="1")]
+
+
+@pytest.mark.parametrize("few_shot", [5, "ab", ((1, 2),), (("q",),)])
+def test_few_shot_that_is_no_list_of_pairs_is_refused(few_shot, capsys):
+    with pytest.raises(SystemExit) as e:
+        data.encode_prompts(None, [], "arithmetic", few_shot=few_shot)
+    assert e.value.code == 2 and "few_shot: " in capsys.readouterr().err

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import model_utils
-from model_utils import (HeadLogprob, Policy, balance, check_checkpoint, check_model, checkpoints, common_prefix, estimate_memory,
-                         load_policy, make_optimizer, newest_checkpoint, optimizer_step, pack, pack_all, packed_attention,
-                         plan_micro_batches, prefetch, prune, splits_groups)
-from runs import open_log, open_run, plot_curves, write_profile
+from model_utils import (HeadLogprob, Policy, balance, check_model, common_prefix, estimate_memory, load_policy, make_optimizer,
+                         optimizer_step, pack, pack_all, packed_attention, plan_micro_batches, prefetch, splits_groups)
+from runs import check_checkpoint, checkpoints, newest_checkpoint, open_log, open_run, plot_curves, prune, write_profile
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_resume_gives_the_same_metrics(whole, run):
     assert figures(cut / "metrics.jsonl") == figures(out / "metrics.jsonl")
     assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
     # the first update of the next step destroys the weights, so that the second has no gradient: the checkpoints stay
-    done = run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=3", "--eval_every=1", "--keep_ckpts=1", "--resume",
+    done = run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=3", "--eval_every=0", "--keep_ckpts=1", "--resume",
                "--learning_rate=1e30", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "the gradient norm is nan" in done.stdout, done.stdout
     assert "learning_rate 2e-05 -> 1e+30" in done.stdout and "max_steps 2 -> 3" in done.stdout
@@ -171,8 +172,9 @@ def test_a_step_does_not_depend_on_what_is_computed_together(run, tmp_path):
 
 def test_gradients_are_the_same_on_one_rank_and_two(run, tmp_path):
     """tests/gradients.py prints the gradient norm and checksums of one update: plain, DDP and FSDP2 agree."""
-    runs = [run("tests/gradients.py"), run("tests/gradients.py", ranks=2),
-            run("tests/gradients.py", "--micro=1000", "--parallel=fsdp", ranks=2)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(lambda case: run("tests/gradients.py", *case[1:], ranks=case[0]),
+                        ((0,), (2,), (2, "--micro=1000", "--parallel=fsdp")))
     want, *others = [[float(x) for x in r.stdout.split("GRADIENTS")[1].split()] for r in runs]
     assert want[0] > 0 and len(want) > 3
     for got in others:
@@ -208,10 +210,6 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--group_size=1"], "group_size"),
         (["--variant=gpro"], "variant"),
         (["--kl_coef=nan"], "kl_coef: nan is not a finite number"),
-        (["--adam_betas=(0.9,)"], "adam_betas: (0.9,)"),
-        (["--system_prompt=5"], "system_prompt: 5 is not a text"),
-        (["--data_dir=nowhere"], "data_dir: nowhere"),
-        (["--few_shot=5"], "few_shot: 5"),
         ([f"--dataset={write(tmp_path / 'half.jsonl', good + good.replace('1 +', chr(92) + 'ud800'))}"], "half.jsonl, line 2: 'problem'"),
         (["--parallel=tp"], "parallel"),
         (["--temperature=0"], "temperature"),
@@ -247,11 +245,9 @@ def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir
         (["--profile", "--max_steps=2"], "profile: traces the second and third step"),
         (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
         ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
-        ([f"--out_dir={tmp_path / 'file' / 'x'}"], "out_dir"),
     ]
     if importlib.util.find_spec("wandb") is None:
         cases.append((["--wandb_project=x"], "wandb_project"))
-    from concurrent.futures import ThreadPoolExecutor
     pool = ThreadPoolExecutor(2)
     refused = pool.map(lambda case: run("train.py", f"--model={model_dir}", *case[0], check=False,
                                             HF_HUB_OFFLINE="1"), cases)
