@@ -140,6 +140,7 @@ def test_two_ranks(run, tmp_path):
     # every response has the score that is its own, whichever rank judged it
     import judge
     mine = [r for r in rows(near / "samples.jsonl") if r["step"] == 2]
+    assert len(mine) == 4 * steps[1]["rollout/groups_kept"] == 8  # of both ranks
     solution = next(r["response"] for r in mine if r["anchor"])
     for r in (r for r in mine if r["problem"] == next(m["problem"] for m in mine)):
         group = dict(problem=r["problem"], answer=r["answer"], solution=solution)
