@@ -269,7 +269,8 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
     (`end_token`) included, else the first right one. All ranks call together, each grades a share.
 
     Sets row["solution"] (str; None without a right one) and row["anchor"], whether it is short enough; it is never cut.
-    Ends the program if none is right. Returns and prints counts, a dict of ints: demonstrations read and wrong, problems_without a right one or with none but too_long ones.
+    Ends the program if none is right. Returns and prints counts, a dict of ints: demonstrations read and wrong,
+    problems_without a right one or with none but too_long ones.
     """
     import torch.distributed as dist
 

@@ -256,7 +256,8 @@ def sync_weights(engine, model, sleep_level=0):
     """
     from model_utils import full
 
-    push_weights(engine, ((name, full(p.detach())) for name, p in model.named_parameters()), model.config.tie_word_embeddings, sleep_level)
+    weights = ((name, full(p.detach())) for name, p in model.named_parameters())
+    push_weights(engine, weights, model.config.tie_word_embeddings, sleep_level)
 
 
 def load_weights(engine, folder):

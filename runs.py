@@ -68,12 +68,12 @@ def open_run(out_dir, config, resumed_step=None):
         if dropped:
             keep(name)
             write_whole(path, "".join(kept))
-    path, text = os.path.join(out_dir, "run_config.json"), json.dumps(config, indent=1)
+    path = os.path.join(out_dir, "run_config.json")
     if os.path.exists(path):
         with open(path) as f:
-            if json.load(f) | dict(resume=None) != json.loads(text) | dict(resume=None):
+            if json.load(f) | dict(resume=None) != json.loads(json.dumps(config)) | dict(resume=None):
                 keep("run_config.json")
-    write_whole(path, text)
+    write_json(path, config)
 
 
 def finite(x):
@@ -112,11 +112,14 @@ def open_log(out_dir, config, first_step, wandb_project=None):
 def sample_rows(step, groups, tokenizer, count):
     """Rows of samples.jsonl, the first `count` responses of the groups; with a judge its score, the margin and whether the
     response was kept (`scores`, `margins`, `lam`) too."""
+    def judged(g, i):
+        return dict(score=finite(float(g["scores"][i])), margin=finite(float(g["margins"][i])), kept=float(g["lam"][i]))
+
     responses = ((g, i) for g in groups for i in range(len(g["responses"])))
     return [dict(step=step, problem=g["problem"], answer=g["answer"], prompt=tokenizer.decode(g["prompt"]),
                  response=g["texts"][i], reward=float(g["rewards"][i]), advantage=float(g["advantages"][i]),
                  truncated=bool(g["truncated"][i]), anchor=bool(g["anchor"][i]),
-                 **(dict(score=finite(float(g["scores"][i])), margin=finite(float(g["margins"][i])), kept=float(g["lam"][i])) if "lam" in g else {}))
+                 **(judged(g, i) if "lam" in g else {}))
             for g, i in itertools.islice(responses, count)]
 
 
