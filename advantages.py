@@ -1,281 +1,307 @@
-"""Every variant of the advantage and the loss, as pure functions on tensors; no model in here.
+"""Every variant of the advantage, and the loss, as plain functions; no model in here.
 
-Rewards are binary: 1 for a correct response, 0 for an incorrect one (`check_rewards`). Responses are numbered in flat
-order, B of them in M groups; `group` (B,) says which group each is in. Tokens are numbered in flat order too, N of them;
-`response` (N,) says which response each is in. Nothing is padded.
+`token_advantages` is where a variant lives: it sees one group and what the policy that sampled it
+says of the group's tokens, and returns the advantage of every token. A new variant is a name in
+VARIANTS and a branch there. Numbers of a group's G responses are numpy arrays on the host, numbers
+of its n response tokens are tensors on the device, one response after the other, nothing padded:
 
-    two groups of two responses with 2, 1 and 1, 3 tokens:
-    group    [0, 0, 1, 1]
-    response [0, 0, 1, 2, 3, 3, 3]
+    responses of 2, 1 and 3 tokens, the second one right:
+    reward (3,)     0  1  0             advantage of grpo (6,)   -.71 -.71 1.41 -.71 -.71 -.71
 
-On a GPU nothing here waits for it: sizes come from shapes, or from the caller, who knows them on the host.
+Rewards are 1 for a correct response and 0 for an incorrect one. p is a group's share of correct
+ones. In order: advantages; the variants' parts (NTHR, DaGRPO); the loss.
 
-[NTHR] is arXiv 2505.18830, [DaGRPO] arXiv 2512.06337, [LUFFY] arXiv 2504.14945, [DrGRPO] arXiv 2503.20783, [DAPO] arXiv
-2503.14476, [TIS] Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training". In order:
-advantages; the loss; NTHR's scores and selection; DaGRPO's masks and anchors.
+[NTHR] is arXiv 2505.18830, [DaGRPO] 2512.06337, [LUFFY] 2504.14945, [DrGRPO] 2503.20783, [DAPO]
+2503.14476, [TIS] Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+training".
 """
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-ETAS = {"2|0.5-p|": lambda p: 2 * (0.5 - p).abs(), "p": lambda p: p, "1-p": lambda p: 1 - p}  # [NTHR] sec. 5, ablation
+VARIANTS = ("grpo", "pos_only", "random", "nthr", "dagrpo")
+SCORED = ("random", "nthr")  # of these, the ones that read old.head
+
+# what NTHR leaves of a selected token's advantage, by the group's success rate p: [NTHR] section 5
+ETAS = {"2|0.5-p|": lambda p: 2 * abs(0.5 - p), "p": lambda p: p, "1-p": lambda p: 1 - p}
+ETAS[None] = ETAS["2|0.5-p|"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Old:
+    """What the policy that sampled says of the n response tokens of one group."""
+    logp: torch.Tensor      # (n,) log-probability of each token
+    entropy: torch.Tensor   # (n,) entropy of the distribution it was drawn from, nats
+    h: torch.Tensor         # (n, d) the hidden state that predicts it, as the LM head sees it
+    lse: torch.Tensor       # (n,) logsumexp(logits / temperature) over the whole vocabulary
+    head: torch.Tensor      # (V, d) the LM head, logits = h head^T; None but for SCORED variants
+    temperature: float = 1.0
+
+
+# --------------------------------------------------------------------------------------------------
 # advantages
 
-def check_rewards(rewards):
-    """Raise ValueError unless every reward is 0 or 1."""
-    if not ((rewards == 0) | (rewards == 1)).all():
-        raise ValueError(f"rewards must be 0 or 1, got {rewards[(rewards != 0) & (rewards != 1)][0].item()}")
+def group_advantages(reward, advantage_norm="std"):
+    """A_i = (r_i - mean) / std over the group, population std ([NTHR] eq. 1). (G,) -> (G,) float64.
 
-
-def sum_by(index, values, size):
-    """Sum of the values (N,) of each index: (size,). torch.bincount would ask the GPU how long it is."""
-    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add(0, index, values)
-
-
-def group_mean(values, group):
-    """Mean of values (B,) within each response's group, given to each response: (B,)."""
-    sums, sizes = (sum_by(group, x, len(group)) for x in (values, torch.ones_like(values)))  # there are B groups at most
-    return (sums / sizes)[group]
-
-
-def group_advantages(rewards, group, norm="std"):
-    """A_i = (r_i - mean) / std within the group, population std ([NTHR] eq. 1). (B,), (B,) -> (B,).
-
-    norm="mean": r_i - mean, not divided ([DrGRPO], [DaGRPO]). A group whose rewards are all equal has no signal: 0.
-    Off-policy anchors are responses of their group like any other (the union of [DaGRPO] G_mix).
+    advantage_norm "mean": r_i - mean, not divided ([DrGRPO], [DaGRPO]). Anchors count like any
+    other response. A group with one outcome has no signal: all 0.
     """
-    centred = rewards - group_mean(rewards, group)
-    if norm == "mean":
+    centred = reward.astype(np.float64) - reward.mean(dtype=np.float64)
+    if advantage_norm == "mean":
         return centred
-    std = group_mean(centred.square(), group).sqrt()
-    return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
+    std = np.sqrt(np.mean(centred**2))
+    return centred / std if std > 1e-6 else np.zeros_like(centred)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loss
+def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, neg_weight=1.0,
+                     nthr_beta=1.0, nthr_eta=None, nthr_vocab="response", delta=3.0,
+                     figures=None):
+    """The advantage of every response token of ONE group, (n,), a constant of the step.
 
-def token_weights(response, group, groups_in_update, norm="group", tokens_in_update=None, max_tokens=None):
-    """The weight of every token's loss, (N,); the loss is the weighted sum over all ranks and micro-batches.
+    group: data.Group; old: Old. figures: runs.Figures, takes note of what a variant does; or None.
 
-    norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "token": 1 / tokens of the update, [DAPO].
-    "constant": 1 / (responses of the group x max_tokens x groups), [DrGRPO], [DaGRPO]: neither length nor masks change it.
-    response (N,), group (B,) of whole groups on this rank; the counts are of the whole update, all ranks.
+    grpo      A_i for all tokens of response i
+    pos_only  negative A_i are 0; the loss goes on counting those tokens
+    nthr      eta A_i for the tokens of incorrect responses that `nthr_select` finds
+    random    0 for as many tokens of every incorrect response, drawn at random
+    dagrpo    lambda_i A_i: 0 for whole responses that the judge cannot tell apart
     """
-    of_token = group[response]                                                                    # (N,)
-    if norm == "token":
-        return torch.full(of_token.shape, 1.0 / tokens_in_update, device=of_token.device)
-    of_group = sum_by(of_token, torch.ones_like(of_token), len(group)) if norm == "group" else (
-        sum_by(group, torch.ones_like(group), len(group)) * max_tokens)
-    return 1.0 / (of_group[of_token] * groups_in_update).to(torch.float32)
+    lengths = group.lengths
+    unweighted = group_advantages(group.reward, advantage_norm)
+    advantage = unweighted * np.where(group.reward == 1, pos_weight, neg_weight)  # (G,)
+
+    if variant == "pos_only":
+        advantage = advantage.clip(min=0)
+    if variant == "dagrpo":
+        advantage = advantage * dagrpo_masks(group.score, unweighted, delta, figures)
+    A = to_device(np.repeat(advantage, lengths), old.logp)  # (n,)
+
+    if variant in SCORED:
+        tokens, correct = np.concatenate(group.responses), np.repeat(group.reward == 1, lengths)
+        s = influence(old, tokens, correct, nthr_vocab)
+        selected, tau = nthr_select(s, group, nthr_beta)
+        if variant == "random":
+            selected = random_like(selected, lengths, group.seed)
+        p = group.reward.mean(dtype=np.float64)
+        eta = ETAS[nthr_eta](p) if nthr_eta in ETAS else nthr_eta
+        A = torch.where(selected, (eta if variant == "nthr" else 0.0) * A, A)
+        if figures is not None:
+            wrong = to_device(~correct, old.logp, torch.bool)
+            figures.mean("nthr/selected", selected, where=wrong)
+            figures.mean("nthr/s_selected", s, where=selected)
+            figures.mean("nthr/s_others", s, where=wrong & ~selected)
+            if correct.any():
+                figures.mean("nthr/tau", tau)
+                figures.mean("nthr/tau_negative", tau < 0)
+                figures.mean("nthr/eta", eta)
+    return A
 
 
-def clipped_loss(logp, old_logp, advantages, clip_low, clip_high):
-    """-min(g A, clip(g, 1 - clip_low, 1 + clip_high) A) per token, g = exp(logp - old_logp) ([NTHR] eq. 1). All (N,).
-
-    clip_high > clip_low is clip-higher ([DAPO]). Returns (loss, clipped): clipped is 1.0 where the clip was the smaller
-    term, so that the token has no gradient.
-    """
-    ratio = (logp - old_logp).exp()
-    plain = ratio * advantages
-    limited = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return -torch.minimum(plain, limited), (limited < plain).detach().float()
+def to_device(x, like, dtype=torch.float32):
+    """A numpy array as a tensor where `like` is; a GPU is not waited for."""
+    return torch.from_numpy(x).to(dtype).to(like.device, non_blocking=True)
 
 
-def policy_loss(logp, old_logp, advantages, weights, clip_low=0.2, clip_high=0.2, kl_coef=0.0, ref_logp=None,
-                anchor=None, anchor_form="luffy", importance=None):
-    """The loss of tokens (N,), a weighted sum over them: clipped surrogate, and kl_coef times KL to the reference model.
-
-    weights: token_weights. importance (N,): truncated_importance, times the surrogate alone. anchor (N,) bool: tokens of
-    demonstrations, which the policy did not sample; theirs is anchor_loss, without KL and importance. Returns (loss (), clipped (N,),
-    kl (N,)); the last two 0 for anchors, kl also without ref_logp.
-    """
-    if anchor is not None:  # ratios of 1: nothing to clip, no KL, nothing to overflow
-        old_logp = torch.where(anchor, logp.detach(), old_logp)
-        ref_logp = None if ref_logp is None else torch.where(anchor, logp.detach(), ref_logp)
-    loss, clipped = clipped_loss(logp, old_logp, advantages, clip_low, clip_high)
-    if importance is not None:
-        loss = importance * loss
-    kl = torch.zeros_like(logp) if ref_logp is None else kl_k3(logp, ref_logp)
-    if anchor is not None:
-        loss = torch.where(anchor, anchor_loss(logp, advantages, anchor_form), loss)
-    return (weights * (loss + kl_coef * kl)).sum(), clipped, kl
-
-
-@torch.no_grad()
-def truncated_importance(old_logp, rollout_logp, cap):
-    """(min(ratio, cap), ratio) with ratio = pi_old / pi_rollout, per token, no gradient ([TIS]). All (N,).
-
-    pi_rollout is what vLLM says the sampled token had, pi_old what the trainer says for the same weights: kernels and
-    precisions differ, and the product makes the surrogate's expectation the trainer's again, but for what the cap takes.
-    """
-    ratio = (old_logp - rollout_logp).exp()
-    return ratio.clamp(max=cap), ratio
-
-
-def anchor_loss(logp, advantages, form="luffy", gamma=0.1):
-    """Loss of off-policy anchor tokens, no ratio and no clip. All (N,).
-
-    "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi ([LUFFY] eq. 8).
-    "logp": -A log pi, [DaGRPO] eq. 13 to the letter.
-    """
-    return -advantages * (logp if form == "logp" else logp.exp() / (logp.exp() + gamma))
-
-
-def kl_k3(logp, ref_logp):
-    """Per-token estimate of KL(pi || ref), never negative: exp(d) - d - 1 with d = ref_logp - logp (GRPO). All (N,)."""
-    d = ref_logp - logp
-    return d.exp() - d - 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # NTHR: which tokens of incorrect responses pull the likelihood of correct ones down
 
-def group_tokens(responses, rewards, device):
-    """What `influence` would otherwise ask the GPU for, of one group: (source (K,) int64, index of the tokens of correct
-    responses; (rows (W,), column (N,)), the group's distinct tokens and which of them each token is).
-
-    responses: n int arrays, rewards (n,), both on the host.
-    """
-    correct = np.repeat(np.asarray(rewards) == 1, [len(r) for r in responses])
-    rows, column = np.unique(np.concatenate(responses), return_inverse=True)
-    source, rows, column = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (np.flatnonzero(correct), rows, column))
-    return source, (rows, column)
-
-
 @torch.no_grad()
-def influence(h, targets, lse, head, source, temperature=1.0, vocab="response", chunk=512):
-    """s_t = u_t^T M h_t of every token t of ONE group, M = sum over source tokens k of u_k h_k^T ([NTHR] eq. 7).
+def influence(old, tokens, source, vocab="response", chunk=512):
+    """s_t = u_t^T M h_t of every token t of one group, M = sum over source tokens k of u_k h_k^T.
 
-    u = onehot(target) - softmax(logits / temperature) is the prediction error, so M is the gradient of the source tokens'
-    log-likelihood with respect to the LM head and s_t its inner product with token t's (times temperature^2).
+    [NTHR] eq. 7. u = onehot(token) - softmax(logits / temperature) is the prediction error: M is
+    the gradient of the source tokens' log-likelihood with respect to the LM head, and s_t its
+    inner product with token t's (times temperature^2).
 
-    h (N, d): states that predict the tokens, before the head; targets (N,); lse (N,): logsumexp(logits / temperature)
-    over the whole vocabulary; head (V, d); source (N,) bool, or an index. vocab "response": rows of the tokens in the group
-    only (the paper's V*_x, no renormalisation); "full": all rows. The index and (rows, column) for "response" are group_tokens,
-    without which the GPU is waited for. lse is known, so u comes a block of the vocabulary at a time, once, in at most
-    chunk x V elements however long the group is. Returns s (N,), float32 (float64 of float64).
+    old: Old; tokens (n,) int and source (n,) bool, both on the host. vocab "response": only rows
+    of the head whose tokens are in the group (V*_x, softmax still over all of them), or "full".
+    Returns (n,) in float32 (float64 of float64). lse is known, so u comes a block of the
+    vocabulary at a time: at most chunk x V numbers exist at once, however long the group is.
     """
-    dtype = torch.promote_types(h.dtype, torch.float32)
-    h, shift = h.to(dtype), -lse[:, None].to(dtype)
-    column = targets
-    if vocab != "full":
-        rows, column = targets.unique(return_inverse=True) if vocab == "response" else vocab
-        head = head[rows]
-    if source.dtype == torch.bool:
-        source = source.nonzero()[:, 0]
-    h_source = h[source]                                                                          # (K, d)
-    few = len(source) <= h.shape[1]  # then sum <u_t, u_k> <h_t, h_k> as it stands, else M: whichever multiplies less
-    pairs = h.new_zeros(len(h), len(source) if few else 0)                                        # <u_t, u_k>, (N, K)
+    dtype = torch.promote_types(old.h.dtype, torch.float32)
+    h, shift = old.h.to(dtype), -old.lse[:, None].to(dtype)
+    head, column = old.head, tokens
+    if vocab == "response":
+        rows, column = np.unique(tokens, return_inverse=True)
+        head = head.index_select(0, to_device(rows, h, torch.int64))
+    column = to_device(column, h, torch.int64)
+    source = to_device(np.flatnonzero(source), h, torch.int64)
+    h_source = h.index_select(0, source)  # (K, d)
+
+    # sum_k <u_t, u_k> <h_t, h_k> as it stands, or through M (V x d): whichever multiplies less
+    pairwise = len(source) <= h.shape[1]
+    pairs = h.new_zeros(len(h), len(source) if pairwise else 0)  # <u_t, u_k>
     s = h.new_zeros(len(h))
     block = max(1, chunk * len(head) // max(1, len(h)))
     for a in range(0, len(head), block):
-        w = head[a:a + block].to(dtype)                                                           # (block, d)
-        u = torch.addmm(shift, h, w.T, alpha=1 / temperature).exp_().neg_()                       # (N, block)
+        w = head[a:a + block].to(old.h.dtype).to(dtype)  # (block, d)
+        u = torch.addmm(shift, h, w.T, alpha=1 / old.temperature).exp_().neg_()  # (n, block)
         here = ((column >= a) & (column < a + len(w))).to(dtype)
         u.scatter_add_(1, (column - a).clamp(0, len(w) - 1)[:, None], here[:, None])
-        if few:
-            pairs.addmm_(u, u[source].T)
+        u_source = u.index_select(0, source)  # (K, block)
+        if pairwise:
+            pairs.addmm_(u, u_source.T)
         else:
-            s += torch.linalg.vecdot(u, h @ (h_source.T @ u[source]))                             # M's rows of the block
-    return s + torch.linalg.vecdot(pairs, h @ h_source.T) if few else s
+            s += torch.linalg.vecdot(u, h @ (h_source.T @ u_source))
+    return torch.linalg.vecdot(pairs, h @ h_source.T) if pairwise else s
 
 
-def nthr_select(s, rewards, response, group, beta=1.0, groups=None):
-    """Tokens of incorrect responses with s > tau = beta x min over correct i' of mean s ([NTHR] eq. 8, 9, Algorithm 1).
+def nthr_select(s, group, beta=1.0):
+    """Tokens of incorrect responses with s > tau = beta x min over correct i of mean s of i.
 
-    s (N,), rewards (B,); groups: M, None to look it up. Returns (selected (N,) bool, tau (M,)). The minimum runs over the
-    group's correct responses, the sum in s over all of them, i' itself included, as in the formulas. tau may be negative. beta=-inf
-    selects every incorrect token; a group without a correct response selects none (tau = inf).
+    [NTHR] eq. 8, 9, Algorithm 1. s (n,) -> (selected (n,) bool, tau ()). The sum in s is over all
+    correct responses, i itself included, as in the formulas. tau may be negative. beta=-inf
+    selects every incorrect token; without a correct response none is (tau = inf).
     """
-    if groups is None:
-        groups = int(group[-1]) + 1 if len(group) else 0
-    mean_s = sum_by(response, s, len(rewards)) / sum_by(response, torch.ones_like(s), len(rewards))  # (B,)
-    lowest = torch.full((groups,), torch.inf, dtype=s.dtype, device=s.device)
-    lowest = lowest.scatter_reduce(0, group, mean_s.where(rewards == 1, torch.inf), "amin")       # (M,)
-    tau = torch.full_like(lowest, -torch.inf) if beta == -torch.inf else beta * lowest
-    tau = tau.where(lowest < torch.inf, torch.inf)
-    return (rewards[response] == 0) & (s > tau[group[response]]), tau
+    wrong = to_device(np.repeat(group.reward == 0, group.lengths), s, torch.bool)
+    means = [x.mean() for x, reward in zip(s.split(group.lengths), group.reward) if reward == 1]
+    if not means:
+        tau = s.new_full((), torch.inf)
+    elif beta == -np.inf:
+        tau = s.new_full((), -torch.inf)
+    else:
+        tau = beta * torch.stack(means).min()
+    return wrong & (s > tau), tau
 
 
-def nthr_eta(eta, rewards, group):
-    """What is left of a selected token's advantage, per response (B,): 2|0.5 - p|, p, 1 - p (p the group's success
-    rate), or a constant."""
-    p = group_mean(rewards, group)
-    return ETAS[eta](p) if isinstance(eta, str) else torch.full_like(p, eta)
+def random_like(selected, lengths, seed):
+    """As many tokens of every response as `selected` (n,) has there, drawn at random: (n,) bool.
 
-
-def random_like(selected, response, generator):
-    """As many tokens of every response as `selected` has there, uniformly without replacement ([NTHR] "Random").
-
-    selected (N,) bool, response (N,) ascending. Returns (N,) bool. generator: torch.Generator on the CPU.
+    [NTHR] "Random". The draw depends on the seed alone, not on the ranks that groups are dealt to.
     """
-    draw = torch.rand(len(response), generator=generator, dtype=torch.float64, pin_memory=response.is_cuda)
-    order = torch.argsort(response + draw.to(response.device, non_blocking=True))  # shuffles the tokens within each response
-    wanted, lengths = (sum_by(response, x, len(response)) for x in (selected.long(), torch.ones_like(response)))
-    place = torch.arange(len(response), device=response.device) - (lengths.cumsum(0) - lengths)[response]
-    picked = torch.zeros_like(selected)
-    picked[order] = place < wanted[response]
-    return picked
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    draws = torch.rand(len(selected), generator=generator).to(selected.device, non_blocking=True)
+    picked = []
+    for draw, chosen in zip(draws.split(lengths), selected.split(lengths)):
+        rank = draw.argsort().argsort()
+        picked.append(rank < chosen.sum())
+    return torch.cat(picked)
 
 
-def token_advantages(variant, advantages, rewards, response, group, selected=None, eta="2|0.5-p|", lam=None):
-    """The advantage of every response token, (N,); a constant of the step, no gradient goes through it.
+def gwhes(s_positive, s_negative, group):
+    """Group-weighted hidden embedding score of correct responses ([NTHR] eq. 5), others nan: (G,).
 
-    grpo: A_i for all tokens of response i. pos_only: negative A_i set to 0; the loss keeps counting those tokens.
-    nthr: eta A_i on `selected` tokens. random: 0 on them. dagrpo: lambda_i A_i, lam (B,) from dagrpo_masks.
+    s_positive, s_negative (n,): `influence` with the group's correct, and its incorrect, tokens as
+    source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
+    p/sqrt(p(1-p)).
     """
-    if variant == "pos_only":
-        advantages = advantages.clamp(min=0)
-    if variant == "dagrpo" and lam is not None:
-        advantages = advantages * lam
-    out = advantages[response]
-    if variant in ("nthr", "random"):
-        keep = nthr_eta(eta, rewards, group)[response] if variant == "nthr" else torch.zeros_like(out)
-        out = torch.where(selected, keep * out, out)
-    return out
+    p = group.reward.mean(dtype=np.float64)
+    if p in (0, 1):
+        return s_positive.new_full((len(group.reward),), torch.nan)
+    positive, negative = (torch.stack([x.sum() for x in s.split(group.lengths)])
+                          for s in (s_positive, s_negative))
+    score = (p * negative - (1 - p) * positive) / np.sqrt(p * (1 - p))
+    return score.where(to_device(group.reward == 1, score, torch.bool), torch.nan)
 
 
-def gwhes(s_positive, s_negative, rewards, response, group):
-    """Group-weighted hidden embedding score of every correct response ([NTHR] eq. 5), nan for the others: (B,).
-
-    s_positive, s_negative (N,): `influence` with the group's correct, and with its incorrect, tokens as source.
-    p- x sum over the response's tokens of s_negative - p+ x the same of s_positive; p+ = (1-p)/sqrt(p(1-p)), p- =
-    p/sqrt(p(1-p)). A question's score is the mean over its correct responses.
-    """
-    p = group_mean(rewards, group).to(s_positive.dtype)
-    scale = (p * (1 - p)).sqrt()
-    sums = [torch.zeros_like(p).index_add(0, response, s) for s in (s_positive, s_negative)]
-    score = (p * sums[1] - (1 - p) * sums[0]) / scale
-    return score.where((rewards == 1) & (scale > 0), torch.nan)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DaGRPO: which responses a judge can tell apart
 
-def dagrpo_margins(scores, advantages, group):
-    """How far the judge's scores S tell every response from the hardest one of the other sign, (B,) ([DaGRPO]).
+def dagrpo_margins(score, advantage):
+    """How far the judge's score tells every response from the hardest one of the other sign, (G,).
 
-    S_j - max over negatives of S for A_j > 0, min over positives of S - S_k for A_k < 0; signs of the advantages of the
-    whole group, anchors among them, before masking. -inf for a response without an opposite or with A = 0: it has no
-    gradient anyway. nan in a group that lacks a score (nan).
+    [DaGRPO]: S_j - max over negatives of S for A_j > 0, min over positives of S - S_k for A_k < 0,
+    by the advantages of the whole group, anchors among them. -inf where A = 0 or there is no
+    opposite: no gradient anyway. nan if the group lacks a score (nan).
     """
-    def extreme(of, empty, how):
-        start = torch.full(scores.shape, empty, dtype=scores.dtype, device=scores.device)
-        return start.scatter_reduce(0, group, scores.where(of, empty), how)[group]
-
-    positive, negative = advantages > 0, advantages < 0
-    above = scores - extreme(negative, -torch.inf, "amax")
-    below = extreme(positive, torch.inf, "amin") - scores
-    margins = above.where(positive, below.where(negative, -torch.inf))
-    margins = margins.where(margins < torch.inf, -torch.inf)  # no opposite
-    missing = sum_by(group, scores.isnan().to(scores.dtype), len(group))[group] > 0
-    return margins.masked_fill(missing, torch.nan)
+    if np.isnan(score).any():
+        return np.full(len(score), np.nan)
+    positive, negative = advantage > 0, advantage < 0
+    margin = np.full(len(score), -np.inf)
+    if positive.any() and negative.any():
+        margin[positive] = score[positive] - score[negative].max()
+        margin[negative] = score[positive].min() - score[negative]
+    return margin
 
 
-def dagrpo_masks(scores, advantages, group, delta=3.0):
-    """lambda of every response, 0 or 1, (B,) ([DaGRPO]): 1[margin >= delta], see dagrpo_margins. A group that was not
-    judged is trained without masks: 1."""
-    margins = dagrpo_margins(scores, advantages, group)
-    return ((margins >= delta - 1e-5) | margins.isnan()).to(advantages.dtype)  # 9.1 - 6.1 is 3 apart
+def dagrpo_masks(score, advantage, delta=3.0, figures=None):
+    """lambda of every response, 0 or 1, (G,): 1[margin >= delta], and 1 in a group not judged."""
+    margin = dagrpo_margins(score, advantage)
+    mask = np.where(np.isnan(margin) | (margin >= delta - 1e-5), 1.0, 0.0)  # 9.1 - 6.1 is 3 apart
+    if figures is not None and np.isfinite(margin).any():
+        figures.mean("dagrpo/lambda_pos", mask, where=advantage > 0)
+        figures.mean("dagrpo/lambda_neg", mask, where=advantage < 0)
+        figures.mean("dagrpo/margin", margin, where=np.isfinite(margin))
+        figures.mean("dagrpo/fully_masked", not mask.any())
+    return mask
+
+
+# --------------------------------------------------------------------------------------------------
+# the loss
+
+def token_weights(groups, loss_norm="group", max_response_tokens=None):
+    """The weight of each token of each group in the loss: a list of floats, one a group.
+
+    The loss is the weighted sum over all micro-batches and ranks; groups: all of an update, on all
+    ranks. loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "token": 1 / tokens
+    of the update, [DAPO]. "constant": 1 / (responses of the group x max_response_tokens x groups),
+    [DrGRPO], [DaGRPO].
+    """
+    tokens = [sum(g.lengths) for g in groups]
+    if loss_norm == "token":
+        return [1 / sum(tokens)] * len(groups)
+    if loss_norm == "constant":
+        tokens = [len(g.responses) * max_response_tokens for g in groups]
+    return [1 / (count * len(groups)) for count in tokens]
+
+
+def policy_loss(logp, batch, clip_low=0.2, clip_high=0.2, kl_coef=0.0, tis_cap=0.0,
+                anchor_loss="luffy", figures=None):
+    """The loss of a micro-batch's n response tokens, a weighted sum: ().
+
+    Rollout tokens: the clipped surrogate, A and ratio = pi / pi_old as in PPO ([NTHR] eq. 1),
+    times the truncated importance min(pi_old / pi_rollout, tis_cap) if tis_cap ([TIS]), plus
+    kl_coef times KL to the reference model. Anchor tokens, which the policy did not sample: see
+    anchor_losses.
+
+    logp (n,), with gradient; batch: its old_logp, advantage, weight, is_anchor (n,), rollout_logp
+    for tis_cap and ref_logp for kl_coef. clip_high > clip_low is clip-higher ([DAPO]).
+    """
+    sampled = ~batch.is_anchor
+    A = batch.advantage
+    old_logp = torch.where(sampled, batch.old_logp, logp.detach())
+    ratio = (logp - old_logp).exp()
+    pg_loss1 = -A * ratio
+    pg_loss2 = -A * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(pg_loss1, pg_loss2)
+
+    importance = (batch.old_logp - batch.rollout_logp).where(sampled, 0).exp()
+    if tis_cap:
+        loss = loss * importance.clamp(max=tis_cap)
+    if kl_coef:
+        kl = kl_k3(logp, torch.where(sampled, batch.ref_logp, logp.detach()))
+        loss = loss + kl_coef * kl
+    loss = torch.where(sampled, loss, anchor_losses(logp, A, anchor_loss))
+
+    if figures is not None:
+        gap = (batch.old_logp - batch.rollout_logp).abs()
+        figures.mean("train/clip_fraction", pg_loss2 > pg_loss1, where=sampled)
+        figures.mean("train/kl_old", kl_k3(old_logp, logp.detach()), where=sampled)
+        figures.mean("gap/mean", gap, where=sampled)
+        figures.max("gap/max", gap, where=sampled)
+        figures.mean("gap/importance", importance, where=sampled)
+        figures.max("gap/importance_max", importance, where=sampled)
+        figures.mean("anchor/logp", logp.detach(), where=batch.is_anchor)
+        if kl_coef:
+            figures.mean("train/kl", kl.detach(), where=sampled)
+        if tis_cap:
+            figures.mean("gap/importance_cut", importance > tis_cap, where=sampled)
+    return (batch.weight * loss).sum()
+
+
+def anchor_losses(logp, advantage, form="luffy", gamma=0.1):
+    """Loss of demonstrations' tokens, without ratio, clip and KL. All (n,).
+
+    "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi
+    ([LUFFY] eq. 8). "logp": -A log pi, [DaGRPO] eq. 13 to the letter.
+    """
+    pi = logp.exp()
+    return -advantage * (logp if form == "logp" else pi / (pi + gamma))
+
+
+def kl_k3(logp, ref_logp):
+    """Per-token estimate of KL(pi || ref), never negative: exp(d) - d - 1, d = ref_logp - logp."""
+    d = ref_logp - logp
+    return d.exp() - d - 1

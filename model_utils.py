@@ -1,36 +1,36 @@
-"""The trainer's model: process group, packing, log-probabilities, DDP/FSDP wrapping, checkpoints.
+"""The trainer's model: process group, packing, log-probabilities, DDP and FSDP2, optimizer.
 
-Layout. A step's responses are one flat run of tokens; every per-token quantity (log-probability, advantage, weight) is a
-tensor (N,) in that order. For the forward pass they are packed into micro-batches of *trees*: a prompt once, then the
-responses that share it; what all prompts of the micro-batch begin with (few-shot examples) stands before them, once.
-Tokens see what leads to them, nothing else, and position ids count along that way, so the numbers are those of each
-prompt + response alone, without padding and without computing anything twice.
+Packing. The responses of some groups become micro-batches of trees: a prompt once, then the
+responses that share it; what all prompts of a micro-batch begin with (few-shot examples) stands
+before them, once. Tokens see what leads to them, nothing else, and position ids count along that
+way, so that the numbers are those of each prompt + response alone, without padding and with
+nothing computed twice.
 
     prompts [7 8 9] with responses [1 2] and [3], [7 8 6] with response [4]:
-    input_ids  7 8 | 9 | 1 2 | 3 | 6 | 4    six segments: the common prefix, a prompt's rest, its responses, ...
+    input_ids  7 8 | 9 | 1 2 | 3 | 6 | 4    six segments: the common prefix, a prompt's rest, ...
     position   0 1   2   3 4   3   2   3
-    predicts         2 3 2 6                index of the state that predicts response tokens 1, 2, 3, 4
+    predicts         2 3 2 6                the states that predict response tokens 1, 2, 3, 4
     targets          1 2 3 4
 """
 import ctypes
-import hashlib
 import inspect
 import os
-import shutil
 import socket
-import sys
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from configurator import die, is_rank0, print0
-from runs import prune, write_json
+from configurator import die
+from data import Group
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -38,99 +38,167 @@ except ImportError:  # torch's own build of the same kernels
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes fewer key heads unasked
-    GROUPED = dict(enable_gqa=True) if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=(-1, 0 if causal else -1), **GROUPED)
+        window = (-1, 0 if causal else -1)
+        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale,
+                           window_size=window, **GQA)
 
 
 def setup_distributed():
-    """Join torchrun's process group, or make one of a single rank. Returns this rank's torch.device."""
+    """Join torchrun's process group, or make one of a single rank. Returns this rank's device."""
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
-    device = torch.device("cpu")
+            port = str(s.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # keep what is freed: a step's large tensors need not be cleared by the system again
+    else:  # glibc keeps what is freed: large blocks need not be cleared by the system again
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)          # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: of which nothing is given back
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        libc.mallopt(-4, 0)          # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if not dist.is_initialized():
+        dist.init_process_group(backend)
     return device
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# packing
+# --------------------------------------------------------------------------------------------------
+# packing: groups -> units -> micro-batches
 
 @dataclass
 class MicroBatch:
-    """One forward pass: T packed tokens with N response tokens in them, response tokens in flat order."""
-    input_ids: torch.Tensor   # (1, T) int64
+    """One forward pass: T packed tokens, n of them of its B responses. Fillers have n = 0."""
+    input_ids: torch.Tensor     # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64
-    predicts: torch.Tensor    # (N,) int64, index into T of the state that predicts each response token
-    targets: torch.Tensor     # (N,) int64, the response tokens
-    span: slice               # where the N tokens stand in the rank's flat order; (0, 0) for a filler
-    kv_index: torch.Tensor    # (K,) int64, keys of all segments one after the other, varlen attention
-    cu_q: torch.Tensor        # (S+1,) int32, where each segment starts in T
-    cu_k: torch.Tensor        # (S+1,) int32, where its keys (what leads to it, and its own) start in K
+    predicts: torch.Tensor      # (n,) int64, index into T of the state that predicts the token
+    # of the n response tokens
+    targets: torch.Tensor       # (n,) int64, the tokens themselves
+    response: torch.Tensor      # (n,) int64, which of the B responses each belongs to
+    rollout_logp: torch.Tensor  # (n,) float32, what vLLM says; 0 for anchors
+    weight: torch.Tensor        # (n,) float32, in the loss
+    is_anchor: torch.Tensor     # (n,) bool, of a demonstration: not sampled
+    correct: torch.Tensor       # (B,) bool, rollouts that are right
+    # attention: S segments, each sees what leads to it and itself, causally
+    kv_index: torch.Tensor      # (K,) int64, the keys of all segments one after the other
+    cu_q: torch.Tensor          # (S+1,) int32, where each segment starts in T
+    cu_k: torch.Tensor          # (S+1,) int32, where its keys start in K
     max_q: int
     max_k: int
-    prefix: int               # tokens of the common prefix, the first of T
-    spans: list               # [(start, end, causal)], SDPA: the common prefix, then trees, short ones together; causal: its
-                              # tokens see all before them
-    segment: torch.Tensor     # (2, T) int32, the segment of each token, and the one of the prompt before it
-    masks: list = None        # of the spans, see tree_masks; None: varlen attention
+    prefix: int                 # tokens of the common prefix, the first of T
+    spans: list                 # [(start, end)] in T: the prefix, then trees, short ones together
+    segment: torch.Tensor       # (2, T) int32, each token's segment, and its prompt's
+    # from the policy that sampled, before the weights move: train.ask_old_policy
+    old_logp: torch.Tensor = None   # (n,)
+    advantage: torch.Tensor = None  # (n,)
+    ref_logp: torch.Tensor = None   # (n,) of the reference model, with a KL term only
 
     def to(self, device):
         """The same on a GPU, copied from pinned memory without waiting; on a CPU itself."""
         if torch.device(device).type == "cpu":
             return self
-        return replace(self, **{f.name: x.pin_memory().to(device, non_blocking=True) for f in fields(self)
-                                if isinstance(x := getattr(self, f.name), torch.Tensor)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.pin_memory().to(device, non_blocking=True)
+                                for name, x in tensors.items() if isinstance(x, torch.Tensor)})
 
 
-def plan_micro_batches(groups, tokens_per_micro_batch, share_prompts=True):
-    """Cut groups into micro-batches of at most `tokens_per_micro_batch` packed tokens, in order.
+@dataclass
+class Unit:
+    """Whole groups: one micro-batch, or several if a single group is larger than the budget."""
+    groups: list   # of data.Group
+    batches: list  # of MicroBatch, their tokens in the order of the groups'
+    early: bool = False  # the old policy is asked in a pass of its own, before the weights move
 
-    groups: dicts with "prompt" (P,) and "responses" [(R_i,)]. Returns a list of micro-batches, each a list of trees
-    (group index, [response indices]). A group is cut in two only if it is larger than the budget by itself, and then
-    between responses; a single response larger than it makes a micro-batch alone.
+
+def plan_units(groups, tokens_per_micro_batch):
+    """Which groups share a micro-batch, and which are cut: [(whole groups, [parts a micro-batch])].
+
+    A group is cut only if it is over the budget (packed tokens) by itself, and then between
+    responses; a response that is over it makes a micro-batch alone. Parts are groups, too.
     """
-    prefix = common_prefix([g["prompt"] for g in groups]) if share_prompts else 0  # in each micro-batch, once
+    prefix = common_prefix([g.prompt for g in groups])
     plan, room = [], 0
-    for g, group in enumerate(groups):
-        prompt = len(group["prompt"]) - prefix
-        whole = sum(map(len, group["responses"])) + prompt * (1 if share_prompts else len(group["responses"]))
-        fits = whole <= tokens_per_micro_batch - prefix
-        for r, response in enumerate(group["responses"]):
-            joins = share_prompts and r > 0
-            need = whole if fits and r == 0 else len(response) + (0 if joins else prompt)
-            if not plan or need > room:
-                joins = False
-                plan.append([])
-                room = tokens_per_micro_batch - prefix
-            if joins:
-                plan[-1][-1][1].append(r)
-            else:
-                plan[-1].append((g, [r]))
-            room -= len(response) + (0 if joins else prompt)
+    for group in groups:
+        size = len(group.prompt) - prefix + sum(group.lengths)
+        if size > tokens_per_micro_batch - prefix:
+            plan.append(([group], cut(group, tokens_per_micro_batch - len(group.prompt))))
+            room = 0
+        elif size > room:
+            plan.append(([group], [[group]]))
+            room = tokens_per_micro_batch - prefix - size
+        else:
+            plan[-1][0].append(group)
+            plan[-1][1][0].append(group)
+            room -= size
     return plan
 
 
-def splits_groups(plan):
-    """True if a group of this plan has responses in more than one micro-batch."""
-    seen = [g for trees in plan for g in {g for g, _ in trees}]
-    return len(seen) != len(set(seen))
+def cut(group, room):
+    """A group as parts of as many responses as fit into `room` tokens, one at least: [[part]]."""
+    parts, first, used = [], 0, 0
+    for i, n in enumerate(group.lengths):
+        if i > first and used + n > room:
+            parts.append([part_of(group, first, i)])
+            first, used = i, 0
+        used += n
+    return parts + [[part_of(group, first, len(group.lengths))]]
+
+
+def part_of(group, first, stop):
+    """The responses first to stop - 1 of a group, as a group."""
+    some = slice(first, stop)
+    return replace(group, responses=group.responses[some], rollout_logp=group.rollout_logp[some],
+                   reward=group.reward[some], is_anchor=group.is_anchor[some])
+
+
+def pack_units(groups, tokens_per_micro_batch, device="cpu"):
+    """Groups as packed units: a list of Unit. See plan_units."""
+    return [Unit(whole, [pack(parts).to(device) for parts in batches], early=len(batches) > 1)
+            for whole, batches in plan_units(groups, tokens_per_micro_batch)]
+
+
+def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
+    """This rank's share of an update's groups, which all ranks hold: a list of Unit.
+
+    moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
+    many forward passes on all ranks, before the weights move and after: ranks with fewer run
+    fillers.
+    """
+    rank, shares = dist.get_rank(), deal(groups, dist.get_world_size())
+    units = pack_units(shares[rank], tokens_per_micro_batch, device)
+    for unit in units:
+        unit.early = unit.early or moved
+    plans = [plan_units(share, tokens_per_micro_batch) for share in shares]
+    for is_cut in (True, False):
+        passes = [sum(len(parts) for _, parts in plan if (len(parts) > 1) == is_cut)
+                  for plan in plans]
+        for _ in range(max(passes) - passes[rank]):
+            units.append(Unit([], [pack([NOTHING]).to(device)], early=moved or is_cut))
+    return units or [Unit([], [pack([NOTHING]).to(device)], early=moved)]
+
+
+nothing = np.zeros(0, dtype=bool)
+NOTHING = Group(row={}, prompt=np.zeros(1), responses=[], rollout_logp=[], texts=[],
+                truncated=nothing, reward=nothing, is_anchor=nothing, score=nothing)  # a filler
+
+
+def deal(groups, world_size):
+    """Groups dealt to ranks so that each gets about as many tokens: a list of groups per rank."""
+    sizes = [len(g.prompt) + sum(g.lengths) for g in groups]
+    load, shares = [0] * world_size, [[] for _ in range(world_size)]
+    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        rank = load.index(min(load))
+        load[rank] += sizes[i]
+        shares[rank].append(i)
+    return [[groups[i] for i in sorted(share)] for share in shares]
 
 
 def common_prefix(prompts):
-    """How many tokens all prompts begin with, leaving each at least one of its own; 0 for a single prompt."""
+    """How many tokens all prompts begin with, leaving each one of its own; 0 for one prompt."""
     if len(prompts) < 2:
         return 0
     shortest = min(map(len, prompts)) - 1
@@ -138,137 +206,115 @@ def common_prefix(prompts):
     return shortest if same.all() else int(same.argmin())
 
 
-SDPA_TOKENS = 256  # trees shorter than this share a call of SDPA: fewer calls for a little more work
+SDPA_TOKENS = 256  # shorter trees share a call of SDPA: fewer calls for a little more work
 
 
-def pack(groups, trees, start, device="cpu", share_prompts=True):
-    """Pack one micro-batch of a plan. start: flat index of its first response token. See the layout above."""
-    prefix = common_prefix([groups[g]["prompt"] for g, _ in trees]) if share_prompts else 0
-    before = np.arange(prefix)
-    ids, positions, predicts, targets, kv, segments, segment = [], [], [], [], [], [], []
-    spans = []
-    base = prefix
+def pack(groups):
+    """Pack groups (or parts of them) into one MicroBatch, on the host. See the layout above."""
+    prefix = common_prefix([g.prompt for g in groups])
+    ids, positions, predicts = [], [], []
+    segments, keys, spans = [], [], []  # segments: (number of its prompt's segment, tokens)
+
+    def add(tokens, path, parent):
+        """Append a segment whose tokens see those at `path` (indices into T), then themselves."""
+        at = sum(n for _, n in segments)
+        own = np.arange(at, at + len(tokens))
+        ids.append(tokens)
+        positions.append(len(path) + np.arange(len(tokens)))
+        keys.append(np.concatenate([path, own]))
+        segments.append((len(segments) if parent is None else parent, len(tokens)))
+        return keys[-1]
+
+    nothing = np.zeros(0, dtype=np.int64)
+    before = nothing
     if prefix:
-        ids.append(groups[trees[0][0]]["prompt"][:prefix])
-        positions.append(before)
-        kv.append(before)
-        segment.append(np.zeros((2, prefix)))
-        segments.append((prefix, prefix))
-        spans.append((0, prefix, True))
-    of_span = len(segments)  # segments before the span that is being filled
-    for tree, (g, responses) in enumerate(trees):
-        prompt = groups[g]["prompt"][prefix:]
-        size = len(prompt)
-        way = np.concatenate([before, base + np.arange(size)])  # where the whole prompt stands
-        ids.append(prompt)
-        positions.append(prefix + np.arange(size))
-        kv.append(way)
+        before = add(groups[0].prompt[:prefix], nothing, None)
+        spans.append((0, prefix))
+    for group in groups:
         root = len(segments)
-        segment.append(np.full((2, size), root))
-        segments.append((size, len(way)))
-        at = base + size
-        for r in responses:
-            response = groups[g]["responses"][r]
-            n = len(response)
-            ids.append(response)
-            positions.append(len(way) + np.arange(n))
-            predicts.append(np.concatenate([[base + size - 1], np.arange(at, at + n - 1)]))
-            targets.append(response)
-            kv.append(np.concatenate([way, np.arange(at, at + n)]))
-            segment.append(np.repeat([[len(segments)], [root]], n, axis=1))
-            segments.append((n, len(way) + n))
-            at += n
-        base = at
-        first = spans[-1][1] if spans else 0
-        if base - first >= SDPA_TOKENS or tree + 1 == len(trees):
-            spans.append((first, base, not prefix and len(segments) - of_span == 2))
-            of_span = len(segments)
+        path = add(group.prompt[prefix:], before, None)
+        for tokens in group.responses:
+            seen = add(tokens, path, root)
+            predicts.append(seen[len(path) - 1:-1])
+        start, end = spans[-1][1] if spans else 0, sum(n for _, n in segments)
+        if end - start >= SDPA_TOKENS or group is groups[-1]:
+            spans.append((start, end))
 
-    def long(arrays):
-        return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
-
-    def offsets(lengths):
-        return torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
-
-    count = sum(len(t) for t in targets)
+    lengths = [n for g in groups for n in g.lengths]
+    anchor = np.concatenate([g.is_anchor for g in groups])
+    reward = np.concatenate([g.reward for g in groups])
+    sizes = [n for _, n in segments]
+    segment = [(np.full(n, s), np.full(n, parent)) for s, (parent, n) in enumerate(segments)]
     return MicroBatch(
-        input_ids=long(ids)[None], position_ids=long(positions)[None], predicts=long(predicts), targets=long(targets),
-        span=slice(start, start + count), kv_index=long(kv), cu_q=offsets([q for q, _ in segments]),
-        cu_k=offsets([k for _, k in segments]), max_q=max(q for q, _ in segments), max_k=max(k for _, k in segments),
-        prefix=prefix, spans=spans, segment=torch.from_numpy(np.concatenate(segment, axis=1).astype(np.int32))).to(device)
+        input_ids=joined(ids, torch.int64)[None],
+        position_ids=joined(positions, torch.int64)[None],
+        predicts=joined(predicts, torch.int64),
+        targets=joined([r for g in groups for r in g.responses], torch.int64),
+        response=joined([np.repeat(np.arange(len(lengths)), lengths)], torch.int64),
+        rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
+        weight=joined([np.full(sum(g.lengths), g.weight) for g in groups], torch.float32),
+        is_anchor=joined([np.repeat(anchor, lengths)], torch.bool),
+        correct=joined([(reward == 1) & ~anchor], torch.bool),
+        kv_index=joined(keys, torch.int64),
+        cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
+        cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),
+        max_q=max(sizes), max_k=max(map(len, keys)), prefix=prefix, spans=spans,
+        segment=torch.stack([joined(x, torch.int32) for x in zip(*segment)]))
 
 
-def pack_all(groups, plan, device="cpu", at_least=0, share_prompts=True):
-    """Micro-batches of a plan, with fillers (two tokens, empty span) up to `at_least`, so that all ranks run as many."""
-    batches, start = [], 0
-    for trees in plan:
-        batches.append(pack(groups, trees, start, device, share_prompts))
-        start = batches[-1].span.stop
-    filler = [{"prompt": np.zeros(1, dtype=np.int32), "responses": [np.zeros(1, dtype=np.int32)]}]
-    for _ in range(at_least - len(plan)):
-        batches.append(pack(filler, [(0, [0])], start, device))
-        batches[-1].span = slice(0, 0)
-    return batches
+def joined(arrays, dtype):
+    """Arrays, of which there may be none, one after the other as a tensor."""
+    return torch.from_numpy(np.concatenate([[], *arrays])).to(dtype)
 
 
-def prefetch(batches, device):
-    """The micro-batches on `device`, each copied before the one ahead of it is computed."""
-    ahead = None
-    for batch in batches:
-        now, ahead = ahead, batch.to(device)
-        if now is not None:
-            yield now
-    if ahead is not None:
-        yield ahead
-
-
-def balance(groups, world_size):
-    """Deal groups to ranks so that each gets about as many tokens: a list of group indices per rank, ascending."""
-    sizes = [len(g["prompt"]) + sum(len(r) for r in g["responses"]) for g in groups]
-    load, share = [0] * world_size, [[] for _ in range(world_size)]
-    for g in sorted(range(len(groups)), key=lambda g: -sizes[g]):
-        rank = min(range(world_size), key=lambda r: (load[r], r))
-        load[rank] += sizes[g]
-        share[rank].append(g)
-    return [sorted(s) for s in share]
-
+# --------------------------------------------------------------------------------------------------
+# attention
 
 def tree_masks(batch):
-    """For every span which of the prefix and of itself its tokens see, bool (end - start, prefix + end - start); None: all
-    before them. A token sees its own segment and its prompt, not the future, and all of the prefix."""
-    def mask(own, parent):
-        return F.pad(((own[:, None] == own) | (parent[:, None] == own)).tril(), (batch.prefix, 0), value=True)
+    """What a span's tokens see of the prefix and itself: bool (tokens, prefix + tokens) a span.
 
-    return [None if causal else mask(*batch.segment[:, a:b]) for a, b, causal in batch.spans]
+    A token sees its own segment and its prompt's, not the future, and all of the prefix. None for
+    the prefix itself, which is plain causal.
+    """
+    masks = []
+    for start, end in batch.spans:
+        own, prompt = batch.segment[:, start:end]
+        sees = ((own[:, None] == own) | (prompt[:, None] == own)).tril()
+        masks.append(None if end == batch.prefix else F.pad(sees, (batch.prefix, 0), value=True))
+    return masks
 
 
 @torch.compiler.disable  # its loop over spans would be compiled anew for every micro-batch
-def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
-    """transformers' attention hook for a packed MicroBatch. query (1, H, T, D), key and value (1, H_kv, T, D).
+def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
+                     masks=None, **kwargs):
+    """transformers' attention hook. query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    Without masks (bfloat16 on CUDA, see Policy.forward): one varlen call, of flash-attn or of torch, in which each segment's
-    queries meet the keys that lead to it and its own (the causal mask is aligned to the last key). Otherwise SDPA, a tree
-    or a few short ones at a time, so that no token pays for all others.
+    Without masks (bfloat16 on CUDA) one varlen call, in which each segment's queries meet the keys
+    that lead to it and its own; the causal mask is aligned to the last key. With tree_masks SDPA,
+    a tree or a few short ones at a time, so that no token pays for all others.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings leave float32
-    if layout.masks is None:
-        # a prompt's keys serve all responses: gathered in float32, so that their gradients are added up in it
-        k, v = (x[0].transpose(0, 1).float().index_select(0, layout.kv_index).to(x.dtype) for x in (key, value))
-        out = flash_attn_varlen_func(query[0].transpose(0, 1), k, v, layout.cu_q, layout.cu_k, layout.max_q,
-                                     layout.max_k, softmax_scale=scaling, causal=True)  # (T, H, D)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary's float32
+    if masks is None:
+        # a prompt's keys serve all responses: gathered in float32, their gradients add up in it
+        k, v = (x[0].transpose(0, 1).float().index_select(0, layout.kv_index).to(x.dtype)
+                for x in (key, value))  # (K, H_kv, D)
+        q = query[0].transpose(0, 1)  # (T, H, D)
+        out = flash_attn_varlen_func(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k,
+                                     softmax_scale=scaling, causal=True)
         return out[None], None
-    if query.is_cuda:  # its memory-efficient kernel, which takes float32 and masks, takes no grouped heads
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    # split, not slices: the backward pass of a slice fills and adds a tensor of all T tokens, that of a split is one cat
-    lengths = [b - a for a, b, _ in layout.spans]
+    if query.is_cuda:  # its memory-efficient kernel takes float32 and masks, but no grouped heads
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    # split, not slices: the backward pass of a slice fills a tensor of all T tokens
+    lengths = [end - start for start, end in layout.spans]
     out = []
-    for (a, b, _), mask, q, k, v in zip(layout.spans, layout.masks, *(x.split(lengths, dim=2) for x in (query, key, value))):
-        if b == layout.prefix:
+    for mask, q, k, v in zip(masks, *(x.split(lengths, dim=2) for x in (query, key, value))):
+        if mask is None:
             prefix = k, v
         elif layout.prefix:
             k, v = (torch.cat(pair, dim=2) for pair in zip(prefix, (k, v)))
-        out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
-                                                  enable_gqa=True))
+        out.append(F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
     return torch.cat(out, dim=2).transpose(1, 2), None  # (1, T, H, D)
 
 
@@ -276,28 +322,31 @@ AttentionInterface.register("packed", packed_attention)
 transformers_logging.disable_progress_bar()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # log-probabilities
 
 def head_logits(h, w, dtype):
-    """h W^T (n, V) in `dtype`; of bfloat16 on CUDA the products' float32 sums, not rounded between."""
-    return torch.mm(h, w.T, out_dtype=dtype) if h.is_cuda and h.dtype != dtype else (h @ w.T).to(dtype)
+    """h W^T (n, V) in `dtype`; of bfloat16 on CUDA the float32 sums, not rounded between."""
+    if h.is_cuda and h.dtype != dtype:
+        return torch.mm(h, w.T, out_dtype=dtype)
+    return (h @ w.T).to(dtype)
 
 
 class HeadLogprob(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[target], the entropy and the logsumexp, `chunk` rows at a time, in float32.
+    """log softmax(h W^T / temperature)[target], entropy and logsumexp, in float32.
 
-    Logits exist for one chunk only; the backward pass computes them again. Memory: chunk x V, and V x d for W's gradient.
+    Logits exist for `chunk` rows at a time; the backward pass computes them again. Memory: chunk
+    x V, and V x d for W's gradient.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, temperature, chunk, dtype):
-        h, w = h.to(dtype), weight.to(dtype)
-        logp = torch.empty(len(h), dtype=torch.promote_types(dtype, torch.float32), device=h.device)
-        lse, entropy = torch.empty_like(logp), torch.empty_like(logp)
+    def forward(ctx, h, weight, targets, temperature, chunk):
+        w = weight.to(h.dtype)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        logp, lse, entropy = (h.new_empty(len(h), dtype=dtype) for _ in range(3))
         for a in range(0, len(h), chunk):
             rows = slice(a, a + chunk)
-            logits = head_logits(h[rows], w, logp.dtype).div_(temperature)  # (chunk, V)
+            logits = head_logits(h[rows], w, dtype).div_(temperature)  # (chunk, V)
             lse[rows] = logits.logsumexp(-1)
             logps = logits.sub_(lse[rows, None])
             logp[rows] = logps.gather(-1, targets[rows, None])[:, 0]
@@ -315,16 +364,20 @@ class HeadLogprob(torch.autograd.Function):
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
             logits = head_logits(h[rows], w, lse.dtype).div_(ctx.temperature)
-            d = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])  # -grad * softmax
-            d.scatter_add_(-1, targets[rows, None], grad[rows, None])        # grad * (onehot - softmax)
+            # grad * (onehot - softmax) / temperature
+            d = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
+            d.scatter_add_(-1, targets[rows, None], grad[rows, None])
             d = d.div_(ctx.temperature).to(h.dtype)
             dh[rows] = d @ w
-            dw.addmm_(d.T, h[rows]) if d.dtype == dw.dtype else dw.add_(d.T @ h[rows])
-        return dh, dw.to(weight.dtype), None, None, None, None
+            if d.dtype == dw.dtype:
+                dw.addmm_(d.T, h[rows])
+            else:
+                dw.add_(d.T @ h[rows])
+        return dh, dw.to(weight.dtype), None, None, None
 
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward returns response log-probabilities: inside it, because DDP and FSDP2 hook the root's."""
+    """A causal LM whose forward gives log-probabilities: DDP and FSDP2 hook the forward."""
 
     def __init__(self, model, compute_dtype, head_chunk=512):
         super().__init__()
@@ -332,222 +385,103 @@ class Policy(torch.nn.Module):
         self.compute_dtype = compute_dtype  # of matrix products; parameters keep their own
         self.head_chunk = head_chunk        # rows of logits that exist at a time
 
-    def forward(self, batch, temperature, states=False):
-        """batch: MicroBatch. Returns (logp, entropy), each (N,): of the sampled tokens and of their distributions,
-        both at `temperature`; entropy carries no gradient. states: also the hidden states that predict the tokens,
-        (N, d), and logsumexp(logits / temperature), (N,), both detached: what advantages.influence needs."""
-        if batch.masks is None and not (batch.input_ids.is_cuda and self.compute_dtype == torch.bfloat16):
-            batch.masks = tree_masks(batch)  # for all layers and passes; there is no varlen kernel for float32, nor on a CPU
-        with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16,
-                            enabled=self.compute_dtype == torch.bfloat16):
-            hidden = self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
-                                           layout=batch).last_hidden_state[0]  # (T, d)
-        hidden = hidden.index_select(0, batch.predicts)  # (N, d); the gradient of hidden[...] adds up in no fixed order
-        head = self.model.get_output_embeddings().weight  # (V, d)
-        logp, entropy, lse = HeadLogprob.apply(hidden, head, batch.targets, temperature, self.head_chunk,
-                                               self.compute_dtype)
-        return (logp, entropy, hidden.detach(), lse) if states else (logp, entropy)
+    def forward(self, batch, temperature):
+        """(logp (n,), entropy (n,), h (n, d), lse (n,)) of a MicroBatch's response tokens.
+
+        All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old.
+        """
+        device = batch.input_ids.device.type
+        low = self.compute_dtype == torch.bfloat16
+        has_varlen = device == "cuda" and low
+        masks = None if has_varlen else tree_masks(batch)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
+                layout=batch, masks=masks).last_hidden_state[0]  # (T, d)
+        # index_select: the gradient of hidden[...] adds up in no fixed order
+        h = hidden.index_select(0, batch.predicts).to(self.compute_dtype)  # (n, d)
+        weight = self.model.get_output_embeddings().weight  # (V, d)
+        logp, entropy, lse = HeadLogprob.apply(
+            h, weight, batch.targets, temperature, self.head_chunk)
+        return logp, entropy, h.detach(), lse
 
 
 def check_model(path, config):
-    """End the program if the packed forward pass would not give a model's own log-probabilities. config: a Hugging Face one."""
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    scaled = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(config, k, None) not in (None, 1)]
+    """End the program if the packed pass would not give this model's own log-probabilities."""
+    odd = [k for k in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+           if getattr(config, k, None) not in (None, 1)]
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        odd.append("sliding_window")
     with torch.device("meta"):
         head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
-    more = scaled + ["sliding_window"] * bool(sliding) + ["a bias of the head"] * (getattr(head, "bias", None) is not None)
-    if more:
-        die(f"model: {path}: models with {', '.join(more)} are not supported by the packed forward pass")
+    if getattr(head, "bias", None) is not None:
+        odd.append("a bias of the head")
+    if odd:
+        die(f"model: {path}: models with {', '.join(odd)} are not supported by the packed pass")
 
 
-def load_policy(path, compute_dtype, device, activation_checkpointing=False, param_dtype=torch.float32, compile=False):
-    """Load a Hugging Face folder or hub id as a Policy with parameters of `param_dtype` on `device`; one that is to be
-    sharded is better loaded on the CPU, see parallelize. path may be a Hugging Face config: random weights.
+def load_policy(path, compute_dtype, device, activation_checkpointing=False,
+                param_dtype=torch.float32, compile=False):
+    """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
 
-    compile: True, or a backend of torch.compile; the layers are compiled, one by one, their attention is not.
+    One that is to be sharded is better loaded on the CPU, see parallelize. path may be a Hugging
+    Face config: random weights. compile: the layers by torch.compile, one by one; or the name of
+    its backend.
     """
-    load = AutoModelForCausalLM.from_config if isinstance(path, PretrainedConfig) else AutoModelForCausalLM.from_pretrained
+    auto = AutoModelForCausalLM
+    load = auto.from_config if isinstance(path, PretrainedConfig) else auto.from_pretrained
     model = load(path, dtype=param_dtype, attn_implementation="packed")
     if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in model.base_model.layers if compile else ():
-        layer.compile(dynamic=True, backend="inductor" if compile is True else compile)
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if compile:
+        for layer in model.base_model.layers:
+            layer.compile(dynamic=True, backend="inductor" if compile is True else compile)
     return Policy(model.to(device), compute_dtype)
 
 
-def parallelize(policy, parallel, device="cpu", frozen=False):
-    """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, parameters sharded). Call the result like a Policy.
+# --------------------------------------------------------------------------------------------------
+# over ranks, and the optimizer
 
-    Gradients come out averaged over ranks, so a loss that is a sum over all ranks is to be multiplied by the world size.
-    fsdp moves a policy that is on the CPU to `device` layer by layer, so that no GPU ever holds all of it. frozen: it has no
-    backward pass, after which the embedding and the head would be sharded again, so they are after the forward pass.
+def parallelize(policy, parallel, device="cpu"):
+    """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, sharded). Called like a Policy.
+
+    Gradients come out averaged over ranks, so a loss that is a sum over ranks is to be multiplied
+    by the world size. fsdp moves a policy that is on the CPU to `device` layer by layer, so that
+    no GPU ever holds all of it.
     """
     if parallel == "ddp":
         if dist.get_world_size() == 1:
             return policy
-        # no buffer ever changes; gradients live in the buckets that are reduced, not beside them: see optimizer_step
-        return torch.nn.parallel.DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
+        # no buffer ever changes; gradients live in the buckets that are reduced, not beside them
+        return DistributedDataParallel(
+            policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for layer in policy.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    return fully_shard(policy, mesh=mesh, mp_policy=mixed, **(dict(reshard_after_forward=True) if frozen else {}))
+    # without a backward pass nothing else would shard the embedding and the head again
+    frozen = not any(p.requires_grad for p in policy.parameters())
+    return fully_shard(policy, mesh=mesh, mp_policy=mixed,
+                       reshard_after_forward=True if frozen else None)
 
 
-def make_optimizer(policy, name, learning_rate, adam_betas, weight_decay):
+def make_optimizer(policy, learning_rate, adam_betas, weight_decay, name="adamw"):
     """AdamW ("adamw") or plain gradient descent ("sgd") over a policy's parameters."""
+    shared = dict(lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(policy.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
-    return torch.optim.AdamW(policy.parameters(), lr=learning_rate, betas=adam_betas, weight_decay=weight_decay, fused=True)
+        return torch.optim.SGD(policy.parameters(), **shared)
+    return torch.optim.AdamW(policy.parameters(), betas=adam_betas, **shared)
 
 
-def optimizer_step(policy, optimizer, grad_clip, keep=False):
-    """Clip the gradients to the global norm grad_clip (0: not), update, clear them. Returns the norm before, a tensor ().
-
-    keep: set them to 0 where they are, in DDP's buckets; new ones would stand beside those in every later micro-batch."""
-    norm = full(torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip or torch.inf))
+def optimizer_step(net, optimizer, grad_clip):
+    """Clip gradients to the norm grad_clip (0: not), update, clear. Returns the norm before."""
+    norm = full(torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or torch.inf))
     optimizer.step()
-    optimizer.zero_grad(set_to_none=not keep)
+    # new gradients would stand beside DDP's buckets, where these are
+    optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))
     return norm
 
 
 def full(tensor):
     """The whole tensor of an FSDP shard (all ranks call together), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def fingerprint(model):
-    """A hash of the weights, the same on all ranks, which call together: of some 64 numbers of every parameter (shard)."""
-    shards = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    own = b"".join(x.detach().flatten()[::max(1, x.numel() // 64)].float().cpu().numpy().tobytes() for x in shards)
-    digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, hashlib.sha256(own).hexdigest())
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints: out_dir/step_000010/ is a Hugging Face folder, with the trainer's state beside the weights. Which there are,
-# and which are whole: runs.py
-
-def save_checkpoint(out_dir, step, policy, tokenizer, optimizer, state, config, keep):
-    """Write out_dir/step_NNNNNN aside and rename it, then delete all but the newest `keep`. All ranks call together.
-
-    state: JSON-able trainer state (step, data position); config: the resolved settings.
-    """
-    final = os.path.join(out_dir, f"step_{step:06d}")
-    def whole(x):  # all ranks gather, the first keeps it
-        x = full(x.detach())
-        return x.cpu() if is_rank0() else None
-
-    weights = {name: whole(p) for name, p in policy.model.named_parameters()}
-    moments = {i: {k: whole(v) for k, v in s.items()} for i, s in optimizer.state_dict()["state"].items()}
-    if is_rank0():
-        tmp = final + ".tmp"
-        shutil.rmtree(tmp, ignore_errors=True)
-        policy.model.save_pretrained(tmp, state_dict=weights)
-        tokenizer.save_pretrained(tmp)
-        torch.save(moments, os.path.join(tmp, "optimizer.pt"))
-        write_json(os.path.join(tmp, "run_config.json"), config)
-        sizes = {name: os.path.getsize(os.path.join(tmp, name)) for name in sorted(os.listdir(tmp))}
-        write_json(os.path.join(tmp, "trainer_state.json"), dict(state, files=sizes))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(tmp, final)
-        prune(out_dir, final, keep)
-    dist.barrier()
-
-
-def load_optimizer(path, optimizer):
-    """Restore optimizer state saved by save_checkpoint, sharded like the parameters if they are."""
-    moments = torch.load(os.path.join(path, "optimizer.pt"), map_location="cpu", weights_only=True, mmap=True)
-    state = optimizer.state_dict()
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    for i, saved in moments.items():
-        p = params[i]
-        state["state"][i] = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
-                             if isinstance(p, DTensor) and v.shape == p.shape and v.dim() else v
-                             for k, v in saved.items()}
-    optimizer.load_state_dict(state)
-
-
-def convert_gguf(package, file, out_dir):
-    """Turn a GGUF file inside an installed Python package into an ordinary Hugging Face folder, in float32, once."""
-    import importlib.util
-
-    from transformers import AutoTokenizer, GgufConfig
-
-    if os.path.exists(os.path.join(out_dir, "config.json")):
-        return
-    source = importlib.util.find_spec(package).submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32,
-                                                 quantization_config=GgufConfig(dequantize=True))
-    tmp = out_dir + ".tmp"
-    model.save_pretrained(tmp)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(tmp)
-    os.rename(tmp, out_dir)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what it takes of a GPU, and what it gets out of it
-
-def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_bytes=2, reference=None, tokens=8192,
-                    activation_checkpointing=False, head_chunk=512):
-    """What training takes of one GPU, GiB by part, counted from the shapes of a Hugging Face config; no model is made.
-
-    reference: None, "resident", "offload" or "shard"; tokens: packed tokens of a micro-batch. "held" is what stays while
-    vLLM samples, "peak" what a micro-batch and its update take in all; the CUDA context and fragmentation come on top.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    params, layers, d = sum(p.numel() for p in model.parameters()), config.num_hidden_layers, config.hidden_size
-    heads, kv_heads, mlp = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or d // heads
-    head = config.vocab_size * d
-    root = head if config.tie_word_embeddings else 2 * head  # parameters: the embedding, and a head of its own
-    c, stream = compute_bytes, compute_bytes if parallel == "fsdp" else param_bytes  # autocast keeps the residual stream's type
-    # kept for the backward pass, bytes a token of one layer: two norms (their input and result), casts to the compute type
-    # for q, k, v, gate and up, three forms of q and k, v and the gathered keys and values, attention's result, four of the MLP
-    casts = 5 * d * c if c != stream else 0
-    layer = 4 * d * stream + casts + c * head_dim * (4 * heads + 6 * kv_heads) + 4 * c * mlp
-    shards = ranks if parallel == "fsdp" else 1
-    out = {
-        "weights": params * param_bytes / shards, "optimizer": 2 * params * param_bytes / shards,
-        "reference": params * c / (ranks if reference == "shard" else 1) if reference else 0,
-        "gradients": params * param_bytes / shards,
-        # whole weights and gradients of what FSDP2 has gathered, the root and two layers; or autocast's copies
-        "copies": (root + 2 * (params - root) / layers) * (c + param_bytes) if shards > 1 else params * c if c != param_bytes else 0,
-        "activations": tokens * (layers * d * stream + layer if activation_checkpointing else layers * layer),
-        "head": 2 * head_chunk * config.vocab_size * 4 + head * (4 + 3 * c)}
-    held = out["weights"] + out["optimizer"] + (out["reference"] if reference != "offload" else 0)
-    held += out["gradients"] if parallel == "ddp" and ranks > 1 else 0  # DDP's buckets stay
-    held += 2 * head * param_bytes if shards > 1 else 0  # a checkpoint gathers the embedding, whole
-    # an offloaded reference model is here for its own pass, when there are no gradients and activations yet
-    peak = sum(out.values()) - (out["reference"] if reference == "offload" else 0)
-    return {k: v / 2**30 for k, v in (out | {"held": held, "peak": peak}).items()}
-
-
-def vllm_share(device, sleep_level, memory):
-    """gpu_memory_utilization: the share of a GPU that training, which takes `memory` (estimate_memory), leaves for vLLM; the
-    end of the program if that is too little. sleep_level 0: vLLM keeps its memory while training."""
-    card = torch.cuda.get_device_properties(device).total_memory / 2**30
-    left = card - 3 - memory["held" if sleep_level else "peak"]  # 3 GiB: CUDA context, vLLM's graphs, fragments
-    print0(f"memory, GiB of {card:.0f}: trainer {memory['held']:.1f}, in an update {memory['peak']:.1f}; vLLM {left:.1f}")
-    if left < 1 or memory["peak"] > card - 3:
-        die(f"tokens_per_micro_batch, parallel, activation_checkpointing, reference: of the GPU's {card:.0f} GiB an update needs "
-            f"about {memory['peak']:.0f}, and {memory['held']:.0f} stay while vLLM samples: " + ", ".join(
-                f"{k} {v:.1f}" for k, v in memory.items() if k not in ("held", "peak")))
-    return min(0.9, left / card)
-
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-              "4090": 165e12}  # dense bf16, the vendors' figures
-
-
-def mfu(model, tokens, seconds):
-    """Model FLOPs utilisation of one GPU: 6 FLOPs a parameter and packed token, attention's own not counted, over the
-    card's bf16 peak; nan for a card not in PEAK_FLOPS. tokens: packed tokens of this rank's updates."""
-    name = torch.cuda.get_device_name()
-    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), float("nan"))
-    return 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds / peak

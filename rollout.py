@@ -1,299 +1,337 @@
 """From prompts to groups of graded responses: everything that touches vLLM.
 
-    engine   = build_engine(model_dir, ...)                     # one vLLM engine a rank, on a GPU or a CPU
-    groups   = generate(engine, tokenizer, problems, prompts, n=8, ...)   # a group a prompt, graded: see `generate`
-    sync_weights(engine, hf_model)                              # the trainer's weights, before the next rollout
+    engine = build_engine(model_dir, ...)       one vLLM engine a rank, on a GPU or a CPU
+    groups, ... = sample_batch(engine, ...)     training: groups with both outcomes, streaming
+    groups = generate_all_ranks(engine, ...)    evaluation: a group for every problem
+    sync_weights(engine, hf_model)              the trainer's weights, before the next rollout
 
-Token ids come out of vLLM and go into the trainer as they are: nothing here or there tokenises a response again.
+Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a response again.
+Every response is sampled with a seed of its own, so that it depends on nothing sampled beside it.
 """
 import json
 import math
 import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-# Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this rank's share of the cores,
-# where torchrun would give every rank one; and none that spins for long, since torch and vLLM take turns.
-_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-if "OMP_NUM_THREADS" not in os.environ or (os.environ["OMP_NUM_THREADS"] == "1" and _ranks_here > 1):
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // _ranks_here))
+# Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this
+# rank's share of the cores, where torchrun would give every rank one; and none that spins for
+# long, since torch and vLLM take turns.
+_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
+if os.environ.get("OMP_NUM_THREADS") in (None, "1"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // _ranks))
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-# Read by vLLM when it is imported. In one process, so that the engine shares torchrun's process group and its weights
-# can be written from here; on a CPU, threads are the ones OMP_NUM_THREADS gives this rank, not bound to cores.
+# Read by vLLM when it is imported. In one process, so that the engine shares torchrun's process
+# group and its weights can be written from here; on a CPU, threads are not bound to cores.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+# isort: split
 import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from tqdm import tqdm
 
 from configurator import is_rank0
-from data import data_index, encode_anchor, with_anchor
+from data import Group, data_index, encode_anchor, with_anchor
 from grader import grade_all
+from model_utils import full
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the engine
 
-def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tensor_parallel=1):
-    """A vLLM engine in this process, one per rank (data parallel), inside torchrun's process group.
+def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tp=1):
+    """A vLLM engine in this process, one per rank, inside torchrun's process group.
 
-    model: Hugging Face folder or hub id; dtype: "auto" is bfloat16 on CUDA, float32 on a CPU; context: prompt and response tokens of the longest sequence; tensor_parallel:
-    neighbouring ranks that share an engine. All ranks must call it together, before the trainer takes its memory;
-    building it reseeds torch's global generator.
+    model: Hugging Face folder or hub id. context: tokens of the longest prompt and response.
+    dtype: "auto" is bfloat16 on CUDA, float32 on a CPU. tp: neighbouring ranks that share an
+    engine (tensor parallel). All ranks call together, before the trainer takes its memory; it
+    reseeds torch's global generator.
     """
-    import torch
-    import warnings
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    from vllm import LLM
+    from vllm import LLM  # here: an import of many seconds
 
+    on_cuda = torch.cuda.is_available()
     if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    if torch.cuda.is_available():
-        device_args = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True)
-    else:  # no compiler needed; 32 is the smallest block, so the most of a shared prompt that the prefix cache can hold
-        device_args = dict(enforce_eager=True, block_size=32)
-        torch._dynamo.config.disable = True  # vLLM's sampler has a compiled function; a bare machine has no compiler
+        dtype = "bfloat16" if on_cuda else "float32"
+    if on_cuda:
+        of_device = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True)
+    else:  # the smallest block: the most of a shared prompt that the prefix cache can hold
+        of_device = dict(enforce_eager=True, block_size=32)
+        torch._dynamo.config.disable = True  # vLLM's sampler would want a compiler
     engine = LLM(
         model,
         dtype=dtype,
         max_model_len=context,
         max_num_seqs=max_num_seqs,
         seed=seed,
-        tensor_parallel_size=tensor_parallel,
+        tensor_parallel_size=tp,
         distributed_executor_backend="external_launcher",
         logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature
         enable_prefix_caching=True,
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        **device_args,
+        **of_device,
     )
-    if torch.cuda.is_available() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # of what torch allocates from here on, every free page can go back to the GPU, where vLLM wants it when it wakes up
+    if on_cuda and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # every free page of what torch allocates from here on can go back, when vLLM wakes up
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return engine
 
 
-RAW = dict(logprobs=0, flat_logprobs=True, detokenize=False)  # the sampled token's log-probability and id, no text
+RAW = dict(logprobs=0, flat_logprobs=True, detokenize=False)  # the sampled token's logp, no text
 
 
-def generate(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens, top_p=1.0, progress=False,
-             seeds=None):
-    """n graded responses (or n[i]) to every prompt: one group, a dict, per problem.
-
-    seeds: int per prompt, whose responses then depend on nothing else; None: sampling follows torch's generator.
-
-        problem, answer   str
-        solution          str or None, the demonstration
-        prompt            int32 (P,)
-        responses         n int32 arrays (R_i,), end-of-sequence token included
-        logprobs          n float32 arrays (R_i,), vLLM's log-probability of each sampled token at `temperature`
-        texts             n str, special tokens left out
-        truncated         bool (n,): hit max_response_tokens, so incorrect
-        rewards           float32 (n,): 1 correct, 0 incorrect
-        anchor            bool (n,), all False: none is a demonstration, see with_anchor
-    """
-    from vllm import SamplingParams
-
-    counts = n if isinstance(n, list) else [n] * len(prompts)
-    params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_response_tokens, seed=s, **RAW)
-              for n, s in zip(counts, seeds or [None] * len(prompts))]
-    engine.reset_prefix_cache()  # never another policy's keys and values; the same numbers whatever ran before
-    requests = [{"prompt_token_ids": p.tolist()} for p in prompts]
-    results = engine.generate(requests, params, use_tqdm=partial(tqdm, leave=False) if progress and is_rank0() else False)
-    return make_groups(tokenizer, problems, prompts, [sorted(r.outputs, key=lambda o: o.index) for r in results],
-                       progress and is_rank0())
-
-
-def make_groups(tokenizer, problems, prompts, outputs, progress=False):
-    """Graded groups (see `generate`) of vLLM's finished outputs, a list of CompletionOutput per problem."""
-    texts = [tokenizer.batch_decode([list(o.token_ids) for o in outs], skip_special_tokens=True) for outs in outputs]
-    truncated = [np.array([o.finish_reason != "stop" for o in outs]) for outs in outputs]
-    verdicts = iter(grade_all([("" if cut else text, problem) for problem, ts, cuts in zip(problems, texts, truncated)
-                               for text, cut in zip(ts, cuts)], progress))
-    return [dict(
-        problem=problem["problem"], answer=problem["answer"], solution=problem.get("solution"), prompt=prompt,
-        responses=[np.asarray(o.token_ids, dtype=np.int32) for o in outs],
-        logprobs=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
-        texts=texts[i], truncated=truncated[i], rewards=np.array([next(verdicts) for _ in outs], dtype=np.float32),
-        anchor=np.zeros(len(outs), dtype=bool),
-    ) for i, (problem, prompt, outs) in enumerate(zip(problems, prompts, outputs))]
-
-
-def generate_all_ranks(engine, tokenizer, problems, prompts, n, tensor_parallel=1, seeds=None, **kwargs):
-    """`generate` with the problems dealt over the engines. Every rank gets all groups, in the order of `problems`."""
-    import torch.distributed as dist
-
-    engines = dist.get_world_size() // tensor_parallel
-    mine = slice(dist.get_rank() // tensor_parallel, None, engines)  # engine e has the problems e, e + engines, ...
-    groups = generate(engine, tokenizer, problems[mine], prompts[mine], n=n[mine] if isinstance(n, list) else n,
-                      seeds=seeds and seeds[mine], **kwargs) if problems[mine] else []
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, groups)
-    return [shares[i % engines * tensor_parallel][i // engines] for i in range(len(problems))]
+def make_groups(tokenizer, rows, prompts, outputs, seeds, progress=False):
+    """Graded groups of vLLM's finished outputs, a list of CompletionOutputs per row."""
+    groups = []
+    for row, prompt, outs, seed in zip(rows, prompts, outputs, seeds):
+        ids = [np.asarray(o.token_ids, dtype=np.int32) for o in outs]
+        groups.append(Group(
+            row=row, prompt=prompt, responses=ids,
+            rollout_logp=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
+            texts=tokenizer.batch_decode(ids, skip_special_tokens=True),
+            truncated=np.array([o.finish_reason != "stop" for o in outs]),
+            reward=np.zeros(len(outs), dtype=np.float32),
+            is_anchor=np.zeros(len(outs), dtype=bool),
+            score=np.full(len(outs), np.nan, dtype=np.float32),
+            seed=seed))
+    # a response that was cut off is incorrect, whatever is in it
+    answers = [("" if is_cut else text, g.row)
+               for g in groups for text, is_cut in zip(g.texts, g.truncated)]
+    correct = iter(grade_all(answers, progress))
+    for g in groups:
+        g.reward[:] = [next(correct) for _ in g.texts]
+    return groups
 
 
 def mixed(group):
-    """True if some responses are right and some wrong: without that a group has no advantages, and no signal."""
-    return group["rewards"].min() < group["rewards"].max()
+    """Are some responses right and some wrong? Without that all advantages are 0."""
+    return group.reward.min() < group.reward.max()
 
+
+def accuracy(groups):
+    """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
+    return float(np.mean([g.reward[~g.is_anchor].mean() for g in groups])) if groups else math.nan
+
+
+def rollout_figures(groups, sampled, wasted):
+    """Figures of a step's groups: accepted, and sampled in all; wasted: tokens (sample_batch)."""
+    def lengths(groups):
+        return [n for g in groups for n, is_anchor in zip(g.lengths, g.is_anchor) if not is_anchor]
+
+    tokens, kept = lengths(sampled), sum(lengths(groups))
+    truncated = [x for g in sampled for x in g.truncated[~g.is_anchor]]
+    row = {
+        "reward/accuracy": accuracy(sampled),
+        "reward/mean": accuracy(groups),  # of those trained on
+        "rollout/groups_sampled": len(sampled),
+        "rollout/groups_kept": len(groups),
+        "rollout/response_tokens": kept,
+        "rollout/tokens_dropped": sum(tokens) - kept,
+        "rollout/tokens_wasted": wasted,
+        "rollout/mean_length": float(np.mean(tokens)),
+        "rollout/truncated": float(np.mean(truncated)),
+    }
+    if any(g.is_anchor.any() for g in groups):
+        row["anchor/groups"] = sum(int(g.is_anchor.any()) for g in groups)
+        row["anchor/hard"] = float(np.mean([not g.reward[~g.is_anchor].any() for g in groups]))
+    return row
+
+
+def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
+                       top_p=1.0, tp=1, seed=0, progress=False):
+    """n graded responses to every problem: a Group each, in their order, the same on all ranks.
+
+    The problems are dealt over the engines. A response depends on seed, the problem's place and
+    its own number; temperature 0 is greedy.
+    """
+    from vllm import SamplingParams
+
+    engines = dist.get_world_size() // tp
+    mine = range(dist.get_rank() // tp, len(problems), engines)
+    groups = []
+    if mine:
+        engine.reset_prefix_cache()  # never another policy's keys and values
+        # vLLM counts a request's n seeds on from its own: places are kept apart
+        seeds = [(seed * 1_000_003 + i) % 2**47 * 2**16 for i in mine]
+        params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, seed=s,
+                                 max_tokens=max_response_tokens, **RAW) for s in seeds]
+        show = progress and is_rank0()
+        results = engine.generate([{"prompt_token_ids": prompts[i].tolist()} for i in mine], params,
+                                  use_tqdm=partial(tqdm, leave=False) if show else False)
+        outputs = [sorted(r.outputs, key=lambda o: o.index) for r in results]
+        groups = make_groups(tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
+                             outputs, seeds, show)
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, groups)
+    return [shares[i % engines * tp][i // engines] for i in range(len(problems))]
+
+
+# --------------------------------------------------------------------------------------------------
+# dynamic sampling
 
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
+OPEN, DROPPED, ACCEPTED = 0, 1, 2
 
 
-def sample_batch(engine, tokenizer, problems, prompts, position, seed, *, prompts_per_step, oversample, max_prompts,
-                 keep_all, n, temperature, max_response_tokens, streaming=True, tensor_parallel=1, seeded=False,
-                 anchors="none", hard_only=False, end=None):
-    """Dynamic sampling (DAPO): groups of n responses until `prompts_per_step` of them have both outcomes.
+def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompts_per_step,
+                 group_size, temperature, max_response_tokens, oversample=1.0, max_rounds=8,
+                 dynamic_sampling=True, tp=1, anchors=0, anchor_mode="replace",
+                 anchor_hard_only=False, end=None):
+    """Groups of graded responses until `prompts_per_step` of them have both outcomes ([DAPO]).
 
-    Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all ranks) counts. In work at
-    once are `oversample` times the missing ones (inf: as many as fill the engines): streaming, new ones are issued as others
-    finish; else when all have. Accepted are the first in the order of issue, whichever finished first, so that short
-    responses are not favoured: once enough are accepted and nothing before them is open, the rest is aborted. The position
-    stops behind the last one accepted; prompts beyond it, sampled in vain, are met again. After `max_prompts` prompts: what
-    there is. keep_all: every group is accepted.
+    Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
+    ranks) counts. In work at once are `oversample` times the missing ones (inf: as many as fill
+    the engines); new ones are issued as others finish. Accepted are the first in the order of
+    issue, whichever finished first, so that short responses are not favoured: once enough are
+    accepted and nothing before them is open, the rest is aborted. The position stops behind the
+    last one accepted; prompts beyond it, sampled in vain, are met again. After max_rounds x
+    prompts_per_step prompts: what there is. Without dynamic_sampling every group is accepted.
 
-    anchors: "replace" or "add": a demonstration joins every group whose problem has one (row["anchor"], see verify_demos),
-    in place of a rollout or as one more response, before the group is accepted or not; hard_only: only groups without a
-    correct rollout. end: end_token. seeded: every response has its own seed, so that it depends on nothing sampled beside it;
-    on CUDA vLLM needs that: its own draws there do not follow torch's generator, and are the same on every rank.
+    anchors: a demonstration joins every group whose problem has one (row["anchor"],
+    data.verify_demos) in place of a rollout or as one more (anchor_mode), or only groups without a
+    correct rollout (anchor_hard_only), before the group is accepted or not. end: data.end_token,
+    for them.
 
-    All ranks call together and get the same: (accepted groups, the groups looked at, new position, tokens sampled in vain,
-    all ranks).
+    All ranks call together and get the same: (accepted groups, all groups looked at, new position,
+    tokens sampled in vain).
     """
-    import torch
-    import torch.distributed as dist
-    from concurrent.futures import ThreadPoolExecutor
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     core = engine.llm_engine
-    first = dist.get_rank() % tensor_parallel == 0  # of an engine's ranks, which all have its outputs: it grades them
-    engines, mine = dist.get_world_size() // tensor_parallel, dist.get_rank() // tensor_parallel
-    room = engines * (core.vllm_config.scheduler_config.max_num_seqs // n + 1)  # prompts that fill them; one waits at each
+    engines, mine = dist.get_world_size() // tp, dist.get_rank() // tp
+    grades = dist.get_rank() % tp == 0  # all ranks of an engine have its outputs, the first grades
+    room = engines * (core.vllm_config.scheduler_config.max_num_seqs // group_size + 1)
+    max_prompts = int(max_rounds * prompts_per_step)
     order = [data_index(position + i, len(problems), seed) for i in range(max_prompts)]
-    joins = [anchors != "none" and problems[p]["anchor"] for p in order]
-    fewer = anchors == "replace" and not hard_only  # then the rollout that is replaced need not be sampled
-    owner = []                                            # engine of every prompt issued, in order
-    state = torch.zeros(max_prompts, dtype=torch.int8)    # of every prompt, on all ranks: 0 open, 1 dropped, 2 accepted
-    outputs, groups = {}, {}                              # of this engine's prompts: {response: output}; graded groups
-    finished, grading = [], None                          # prompts to be graded next; those being graded
+    seeds = [hash((seed, position + i)) % 2**31 for i in range(max_prompts)]
+    joins = [bool(anchors and problems[p]["anchor"]) for p in order]
+    # the rollout that a demonstration replaces in any case need not be sampled
+    replaced = anchor_mode == "replace" and not anchor_hard_only
+    rollouts = [group_size - (replaced and j) for j in joins]
+    sampling = partial(SamplingParams, temperature=temperature, max_tokens=max_response_tokens,
+                       output_kind=RequestOutputKind.FINAL_ONLY, **RAW)
 
-    def issue(i):
-        outputs[i] = {}
-        for k in range(n - (fewer and joins[i])):
-            core.add_request(f"{i}/{k}", {"type": "token", "prompt_token_ids": prompts[order[i]].tolist()}, SamplingParams(
-                temperature=temperature, max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY,
-                seed=hash((seed, position + i, k)) % 2**31 if seeded else None, **RAW))
+    def grade(numbers):
+        made = make_groups(tokenizer, [problems[order[i]] for i in numbers],
+                           [prompts[order[i]] for i in numbers],
+                           [[outputs[i][k] for k in range(rollouts[i])] for i in numbers],
+                           [seeds[i] for i in numbers])
+        for i, group in zip(numbers, made):
+            if joins[i] and not (anchor_hard_only and group.reward.any()):
+                ids = encode_anchor(tokenizer, group.prompt, group.row["solution"], end)
+                group = with_anchor(group, ids, replace=len(group.responses) == group_size
+                                    and anchor_mode == "replace")
+            graded[i] = group
+        return numbers
 
-    def grade(finished):
-        made = make_groups(tokenizer, [problems[order[i]] for i in finished], [prompts[order[i]] for i in finished],
-                           [[outputs[i][k] for k in sorted(outputs[i])] for i in finished])
-        replace = anchors == "replace" and hard_only
-        return {i: with_anchor(g, encode_anchor(tokenizer, g["prompt"], g["solution"], end), replace)
-                if joins[i] and not (hard_only and g["rewards"].any()) else g for i, g in zip(finished, made)}
-
-    def look():
-        """Take in what the grader has been given; only here, and without seeds always at the same point of a run."""
-        for i, g in grading.result().items() if grading else ():
-            groups[i] = g
-            state[i] = 2 if keep_all or mixed(g) else 1
-
-    engine.reset_prefix_cache()  # never another policy's keys and values
-    with ThreadPoolExecutor(1) as grader:  # while the engine goes on; what it finds is known at the next look
+    owner = []                                          # the engine of every prompt issued
+    state = torch.zeros(max_prompts, dtype=torch.int8)  # of every prompt, the same on all ranks
+    outputs, graded = {}, {}                            # of this engine's prompts
+    finished, grading = [], None                        # to be graded; a future of some more
+    engine.reset_prefix_cache()                         # never another policy's keys and values
+    with ThreadPoolExecutor(1) as grader:               # grades while the engine goes on
         while True:
-            opened = np.flatnonzero(state[:len(owner)].numpy() == 0)
-            closed = opened[0] if len(opened) else len(owner)  # prompts before which nothing is open
-            missing = prompts_per_step - int((state == 2).sum())
-            if int((state[:closed] == 2).sum()) >= prompts_per_step or not len(opened) and len(owner) == max_prompts:
+            # enough?
+            is_open = np.flatnonzero(state[:len(owner)].numpy() == OPEN)
+            closed = int(is_open[0]) if len(is_open) else len(owner)  # nothing before it is open
+            accepted = np.flatnonzero(state[:closed].numpy() == ACCEPTED)[:prompts_per_step]
+            if len(accepted) == prompts_per_step or closed == max_prompts:
                 break
-            if missing > 0 and (streaming or not len(opened)):
-                work = min(oversample * missing, room if streaming or math.isinf(oversample) else math.inf)
-                load = np.bincount([owner[i] for i in opened], minlength=engines)
-                for i in range(len(owner), min(max_prompts, len(owner) + math.ceil(work) - len(opened))):
-                    owner.append(int(load.argmin()))
-                    load[owner[i]] += 1
-                    if owner[i] == mine:
-                        issue(i)
+            # issue prompts, each to the engine with the fewest
+            missing = prompts_per_step - int((state == ACCEPTED).sum())
+            more = math.ceil(min(oversample * missing, room)) - len(is_open)
+            load = np.bincount([owner[i] for i in is_open], minlength=engines)
+            for i in range(len(owner), min(max_prompts, len(owner) + more)):
+                owner.append(int(load.argmin()))
+                load[owner[i]] += 1
+                if owner[i] == mine:
+                    outputs[i] = {}
+                    ids = {"type": "token", "prompt_token_ids": prompts[order[i]].tolist()}
+                    for k in range(rollouts[i]):
+                        params = sampling(seed=hash((seeds[i], k)) % 2**31)
+                        core.add_request(f"{i}/{k}", ids, params)
+            # sample
             for _ in range(LOOK_EVERY):
                 for out in core.step() if core.has_unfinished_requests() else ():
                     i, k = map(int, out.request_id.split("/"))
                     outputs[i][k] = out.outputs[0]
-                    if len(outputs[i]) == n - (fewer and joins[i]):
+                    if len(outputs[i]) == rollouts[i]:
                         finished.append(i)
-            busy = core.has_unfinished_requests()
-            if not (seeded and busy and grading and not grading.done()):  # with seeds it does not matter when a grade is known
-                look()
-                grading, finished = grader.submit(grade, finished if first else []), []
-            if not busy:
-                look()  # nothing to do beside it
+            # grade; a GPU does not wait, on a CPU runs repeat to the bit
+            idle = not core.has_unfinished_requests()
+            if grading is None or grading.done() or idle or not torch.cuda.is_available():
+                taken = grading.result() if grading else []
+                grading, finished = grader.submit(grade, finished if grades else []), []
+                taken += grading.result() if idle else []
+                for i in taken:
+                    wanted = not dynamic_sampling or mixed(graded[i])
+                    state[i] = ACCEPTED if wanted else DROPPED
             dist.all_reduce(state, dist.ReduceOp.MAX)
 
-    accepted = np.flatnonzero(state[:closed].numpy() == 2)[:prompts_per_step]
-    looked_at = accepted[-1] + 1 if len(accepted) == prompts_per_step else closed
-    wasted = sum(len(out.token_ids) for i, outs in outputs.items() if i >= looked_at for out in outs.values())
-    wasted += sum(request.detokenizer.num_output_tokens() for request in core.output_processor.request_states.values())
-    core.abort_request([f"{i}/{k}" for i, outs in outputs.items() if i >= looked_at for k in range(n) if k not in outs])
+    seen = int(accepted[-1]) + 1 if len(accepted) == prompts_per_step else closed
+    beyond = [i for i in outputs if i >= seen]
+    wasted = sum(len(out.token_ids) for i in beyond for out in outputs[i].values())
+    in_work = core.output_processor.request_states.values()
+    wasted += sum(request.detokenizer.num_output_tokens() for request in in_work)
+    core.abort_request([f"{i}/{k}" for i in beyond
+                        for k in range(rollouts[i]) if k not in outputs[i]])
     shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (wasted, {i: g for i, g in groups.items() if i < looked_at}))
-    shares = shares[::tensor_parallel]
-    sampled = [shares[owner[i]][1][i] for i in range(looked_at)]
-    return [sampled[i] for i in accepted], sampled, position + int(looked_at), sum(wasted for wasted, _ in shares)
+    dist.all_gather_object(shares, (wasted, {i: g for i, g in graded.items() if i < seen}))
+    shares = shares[::tp]  # one an engine
+    sampled = [shares[owner[i]][1][i] for i in range(seen)]
+    wasted = sum(tokens for tokens, _ in shares)
+    return [sampled[i] for i in accepted], sampled, position + seen, wasted
 
 
-def sleep_engine(engine, level):
-    """Give the GPU to the trainer: the KV cache is dropped, the weights go to host memory (1) or too (2). CUDA only."""
-    import torch
+# --------------------------------------------------------------------------------------------------
+# the trainer's weights, and the GPU's memory
 
-    if torch.cuda.is_available() and level:
-        engine.sleep(level)
+def sleep_engine(engine):
+    """Give the GPU to the trainer: the KV cache is dropped, the weights go to host memory. CUDA."""
+    if torch.cuda.is_available():
+        engine.sleep(1)
 
 
-def sync_weights(engine, model, sleep_level=0):
-    """Push the trainer's weights into this rank's engine; all ranks call it together (FSDP gathers each tensor in turn).
+def sync_weights(engine, model):
+    """Wake the engine and push the trainer's weights; all ranks call together.
 
-    model: the Hugging Face model, its parameters plain or DTensor; sleep_level: how the engine was put to sleep.
+    model: the Hugging Face model, its parameters plain or DTensor.
     """
-    from model_utils import full
-
+    if torch.cuda.is_available():
+        # vLLM maps its memory past torch's allocator, which keeps the trainer's
+        torch.cuda.empty_cache()
+        engine.wake_up(["weights"])
     weights = ((name, full(p.detach())) for name, p in model.named_parameters())
-    push_weights(engine, weights, model.config.tie_word_embeddings, sleep_level)
+    push_weights(engine, weights, model.config.tie_word_embeddings)
+    if torch.cuda.is_available():
+        engine.wake_up(["kv_cache"])
 
 
 def load_weights(engine, folder):
-    """Put the weights of another checkpoint of the same model, a Hugging Face folder, into the engine."""
-    from safetensors import safe_open
-
+    """Put the weights of another checkpoint of the same model, a folder, into the engine."""
     def weights():
         for file in sorted(f for f in os.listdir(folder) if f.endswith(".safetensors")):
             with safe_open(os.path.join(folder, file), "pt") as f:
                 yield from ((name, f.get_tensor(name)) for name in f.keys())
 
     with open(os.path.join(folder, "config.json")) as f:
-        push_weights(engine, weights(), json.load(f).get("tie_word_embeddings", False))
+        tied = json.load(f).get("tie_word_embeddings", False)
+    push_weights(engine, weights(), tied)
 
 
-def push_weights(engine, weights, tied, sleep_level=0):
-    """Write (Hugging Face name, tensor) pairs into the engine's model in place. tied: the head is the embedding."""
-    import torch
-
+def push_weights(engine, weights, tied):
+    """Write (name, tensor) pairs into the engine's model. tied: its head is the embedding."""
     if torch.cuda.is_available():
-        if sleep_level:  # the weights first: the KV cache comes back when theirs is the only other memory in use
-            torch.cuda.empty_cache()  # vLLM maps its memory anew, past torch's allocator, which keeps the trainer's
-            engine.wake_up(["weights"])
         engine.apply_model(lambda m: m.load_weights(weights) and None)
-        if sleep_level:
-            engine.wake_up(["kv_cache"])
-    else:  # the CPU engine has packed its linears: this path unpacks, loads and packs again
+    else:  # the CPU engine has packed its linears: this unpacks, loads and packs them again
         engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
-        if tied:  # reload_weights leaves a tied head as it was
-            engine.apply_model(lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
+        if tied:  # and leaves a tied head as it was
+            engine.apply_model(
+                lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
     engine.reset_prefix_cache()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-
-def accuracy(groups):
-    """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
-    return float(np.mean([g["rewards"][~g["anchor"]].mean() for g in groups]))

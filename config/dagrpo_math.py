@@ -1,15 +1,18 @@
-# DaGRPO, Qwen2.5-Math-7B on OpenR1-Math-46k-8192, the settings of the paper (arXiv 2512.06337) where it states them:
+# DaGRPO, Qwen2.5-Math-7B on OpenR1-Math-46k-8192, the paper's settings (arXiv 2512.06337):
 #   OPENAI_API_KEY=... torchrun --nproc_per_node=8 train.py config/dagrpo_math.py
 #   ... --anchors=0                                                     the row "w/o off-policy"
-#   ... --variant=grpo --anchors=0, ... --variant=grpo                  GRPO; with anchors, nearest to LUFFY
-model = "Elliott/Qwen2.5-Math-7B-16k-think"  # Qwen2.5-Math-7B, context 4096 made 16384 (rope_theta 40000), as for LUFFY
+#   ... --variant=grpo --anchors=0; ... --variant=grpo      GRPO; with anchors, nearest to LUFFY
+# Qwen2.5-Math-7B, its context of 4096 made 16384 (rope_theta 40000), as for LUFFY
+model = "Elliott/Qwen2.5-Math-7B-16k-think"
 dataset = "openr1-math-46k-8192"  # the demonstrations are its R1 traces
 eval_dataset = "math500"
 eval_problems = 500
 out_dir = "out/dagrpo_math"
 variant = "dagrpo"
-judge = "https://api.openai.com/v1"  # 1,024 requests a step, each with a trace of up to 8192 tokens: look at the price first
-judge_model = "gpt-4o"               # --judge=rubric costs nothing; --judge=http://host:8000/v1 --judge_model=None: your own vLLM
+# 1,024 requests a step, each with a trace of up to 8192 tokens: look at the price first.
+# --judge=rubric costs nothing; --judge=http://host:8000/v1 --judge_model=None is your own vLLM
+judge = "https://api.openai.com/v1"
+judge_model = "gpt-4o"
 delta = 3.0
 anchors = 1                   # 7 rollouts and a demonstration
 advantage_norm = "mean"       # Dr.GRPO

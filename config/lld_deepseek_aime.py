@@ -1,4 +1,5 @@
-# DeepSeek-R1-Distill-Qwen-1.5B on AIME; sampled at 0.6 with beta = 0, as the paper trains it (its learning rate is not stated)
+# DeepSeek-R1-Distill-Qwen-1.5B on AIME; sampled at 0.6 with beta = 0, as the paper trains it (its
+# learning rate is not stated)
 model = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 dataset = "aime24"
 split = "test"

@@ -1,4 +1,4 @@
-# One update a question and variant with SmolLM2-135M-Instruct on two-digit arithmetic, 2 CPU cores: make lld
+# One update a question and variant with SmolLM2-135M-Instruct on two-digit arithmetic: make lld
 out_dir = "out/lld"
 questions = 32
 group_size = 8

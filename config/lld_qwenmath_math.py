@@ -1,4 +1,4 @@
-# Qwen2.5-Math-1.5B on MATH levels 3 to 5; its context of 4096 leaves 3072 for a response as in the paper
+# Qwen2.5-Math-1.5B on MATH levels 3 to 5; its context leaves 3072 for a response, as in the paper
 model = "Qwen/Qwen2.5-Math-1.5B"
 dataset = "math"
 out_dir = "out/lld_qwenmath_math"

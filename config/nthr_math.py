@@ -1,8 +1,8 @@
-# NTHR, Qwen2.5-Math-1.5B on MATH levels 3 to 5, the settings of the paper (arXiv 2505.18830) where it states them:
+# NTHR, Qwen2.5-Math-1.5B on MATH levels 3 to 5, the paper's settings (arXiv 2505.18830):
 #   torchrun --nproc_per_node=4 train.py config/nthr_math.py
 #   ... --variant=grpo, pos_only, random                          the other rows of its Table 2
 #   ... --nthr_beta=-inf, 0, 0.1, 1                               the ablation of beta
-#   ... --nthr_eta=p, 1-p, 0, 0.5                                 the ablation of eta; default 2|0.5-p|
+#   ... --nthr_eta=p, 1-p, 0, 0.5                                 that of eta; default 2|0.5-p|
 model = "Qwen/Qwen2.5-Math-1.5B"
 dataset = "math"
 eval_dataset = "math500"

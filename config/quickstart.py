@@ -1,14 +1,16 @@
-# SmolLM2-135M-Instruct learns two-digit addition and subtraction on 2 CPU cores: make quickstart
+# SmolLM2-135M-Instruct learns two-digit addition on 2 CPU cores: make quickstart
 out_dir = "out/quickstart"
+dataset = "addition"
 variant = "nthr"
 max_steps = 15
-prompts_per_step = 40       # sampled in one round; the groups with both outcomes, about a third, are trained on
+prompts_per_step = 40       # sampled in one round; groups with both outcomes are trained on
 prompts_per_update = 40
 max_rounds = 1
-group_size = 4              # more problems rather than more responses: what is learned goes with problems solved
+group_size = 4              # more problems rather than more responses
 temperature = 1.2
 max_response_tokens = 28
 tokens_per_micro_batch = 3000
 learning_rate = 2e-5        # twenty times what a long run would bear
 decay_steps = 15
-eval_every = 8
+eval_every = 5
+eval_problems = 512

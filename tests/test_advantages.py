@@ -1,141 +1,330 @@
+"""Advantages, scores, masks and the loss against the formulas, brute force and autograd."""
 import math
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from test_model_utils import batches_of, make_group, random_groups
+from test_runs import over_ranks
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from advantages import check_rewards, clipped_loss, group_advantages, kl_k3, token_advantages, token_weights
+import advantages
+from advantages import Old, influence, nthr_select, policy_loss, token_advantages
+from figures import Figures
+from model_utils import Policy, load_policy
 
-GROUP = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
-REWARDS = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.float64)
-LENGTHS = torch.tensor([3, 1, 2, 4, 1, 1, 1, 1, 2, 5, 1, 1])
-RESPONSE = torch.repeat_interleave(torch.arange(12), LENGTHS)
-
-
-def test_grpo_by_hand():
-    # one right answer of four: mean 1/4, population std sqrt(3)/4
-    a = group_advantages(REWARDS, GROUP)
-    assert torch.allclose(a[:4], torch.tensor([math.sqrt(3)] + [-1 / math.sqrt(3)] * 3, dtype=torch.float64))
-    assert (a[4:] == 0).all()  # all wrong, all right: no signal, and no 0/0
+D, V = 7, 19
 
 
-def test_grpo_against_a_loop():
-    g = torch.Generator().manual_seed(0)
-    group = torch.repeat_interleave(torch.arange(50), 7)
-    rewards = (torch.rand(350, generator=g, dtype=torch.float64) < 0.4).double()
-    a = group_advantages(rewards, group)
-    for i in range(50):
-        r = rewards[7 * i:7 * i + 7]
-        p = r.mean().item()
-        for got, reward in zip(a[7 * i:7 * i + 7].tolist(), r.tolist()):
-            # NTHR paper: p+ = (1-p)/sqrt(p(1-p)), p- = p/sqrt(p(1-p))
-            want = 0 if p in (0, 1) else ((1 - p) if reward else -p) / math.sqrt(p * (1 - p))
-            assert got == pytest.approx(want, abs=1e-12)
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_advantage_edges():
-    assert torch.equal(group_advantages(REWARDS, GROUP, "mean")[:4], torch.tensor([0.75, -0.25, -0.25, -0.25]).double())
-    assert len(group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.int64))) == 0  # a rank without groups
-    check_rewards(REWARDS)
-    with pytest.raises(ValueError, match="0.5"):
-        check_rewards(torch.tensor([1.0, 0.5]))
+def loglik(h, head, y, temperature=1.0):
+    return (h @ head.T / temperature).log_softmax(-1)[range(len(y)), y]
 
 
-def test_variants_per_token():
-    a = group_advantages(REWARDS, GROUP)
-    selected = torch.zeros(len(RESPONSE), dtype=torch.bool)
-    selected[[3, 5, 8]] = True
-    adv = lambda variant, **kw: token_advantages(variant, a, REWARDS, RESPONSE, GROUP, **kw)
-    assert torch.equal(adv("grpo"), a[RESPONSE])
-    assert (adv("pos_only")[:3] == a[0]).all() and (adv("pos_only")[3:10] == 0).all()
-    for eta, value in (("2|0.5-p|", 0.5), ("p", 0.25), ("1-p", 0.75), (0.3, 0.3), (0.0, 0.0), (-1.0, -1.0)):
-        want = a[RESPONSE].clone()
-        want[[3, 5, 8]] *= value
-        assert torch.allclose(adv("nthr", selected=selected, eta=eta), want)
-    want = a[RESPONSE].clone()
-    want[[3, 5, 8]] = 0
-    assert torch.equal(adv("random", selected=selected), want)
-    lam = torch.tensor([1, 0, 1, 1] * 3).double()
-    assert torch.equal(adv("dagrpo", lam=lam), (a * lam)[RESPONSE])
+def make_case(reward, lengths, seed=0, temperature=1.0, **fields):
+    """(group, old, y, right): random tokens y of one group, its states and head in float64."""
+    tokens = np.random.default_rng(seed).integers(V - 6, size=(len(lengths), max(lengths)))
+    responses = [row[:n] for row, n in zip(tokens, lengths)]
+    group = make_group([1], responses, reward, seed=seed, **fields)
+    y = torch.from_numpy(np.concatenate(responses))
+    h, head = draw(seed, len(y), D), draw(seed + 1, V, D)
+    logp, lse = loglik(h, head, y, temperature), (h @ head.T / temperature).logsumexp(-1)
+    old = Old(logp, logp, h, lse, head, temperature)
+    return group, old, y, torch.from_numpy(np.repeat(group.reward == 1, lengths))
 
 
-def test_lemma_4_2_grpo_gradient_is_p_plus_and_p_minus_sums():
-    """For binary rewards the on-policy gradient of the group's loss is -(p+ sum of correct - p- sum of incorrect
-    responses' gradients of log pi) / tokens, p+ = (1-p)/sqrt(p(1-p)), p- = p/sqrt(p(1-p))."""
-    response = torch.repeat_interleave(torch.arange(4), LENGTHS[:4])
-    theta = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    logp = torch.randn(len(response), 6, dtype=torch.float64) @ theta
-    a = token_advantages("grpo", group_advantages(REWARDS[:4], GROUP[:4]), REWARDS[:4], response, GROUP[:4])
-    w = token_weights(response, GROUP[:4], 1).double()
-    got, = torch.autograd.grad((w * clipped_loss(logp, logp.detach(), a, 0.2, 0.2)[0]).sum(), theta, retain_graph=True)
-    p = 0.25
-    right, wrong = logp[:3].sum(), logp[3:].sum()
-    want, = torch.autograd.grad(-((1 - p) * right - p * wrong) / math.sqrt(p * (1 - p)) / len(response), theta)
-    assert torch.allclose(got, want, rtol=1e-6)
+def test_group_advantages_are_p_plus_and_p_minus():
+    """[NTHR] Lemma 4.2: (1-p)/sqrt(p(1-p)) and -p/sqrt(p(1-p)); 0 in groups with one outcome."""
+    for reward in (*(draw(0, 50, 7) < -0.3).float().numpy(), np.zeros(3), np.ones(3), np.ones(1)):
+        p = sum(reward.tolist()) / len(reward)
+        scale = math.sqrt(p * (1 - p)) or math.inf
+        want = np.where(reward, 1 - p, -p)
+        for norm, divisor in (("mean", 1), ("std", scale)):
+            got = advantages.group_advantages(reward, norm)
+            assert got == pytest.approx(want / divisor, abs=1e-12)
+    anchored = advantages.group_advantages(np.array([0.0] * 7 + [1]), "mean")  # it counts, too
+    assert anchored == pytest.approx([-1 / 8] * 7 + [7 / 8])
 
 
-def test_weights_are_eq_1():
-    w = token_weights(RESPONSE, GROUP, 3).double()
-    start = 0
-    for lengths in LENGTHS.view(3, 4):
-        n = int(lengths.sum())
-        assert torch.allclose(w[start:start + n], torch.full((n,), 1 / (3 * n), dtype=torch.float64))
-        start += n
-    assert w.sum().item() == pytest.approx(1)
+@pytest.mark.parametrize("reward", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
+@pytest.mark.parametrize("norm", ["std", "mean"])
+def test_weights_pos_only_and_dagrpo(reward, norm):
+    lengths = [3, 1, 4, 2]
+    group, old, _, right = make_case(reward, lengths, score=np.array([9.0, 6.0, 6.1, 1.0]))
+    lam = advantages.dagrpo_masks(group.score, advantages.group_advantages(group.reward))
+    a = np.repeat(advantages.group_advantages(group.reward, norm), lengths)
+    for variant, kept in (("grpo", 1), ("pos_only", a > 0), ("dagrpo", np.repeat(lam, lengths))):
+        assert token_advantages(variant, group, old, norm).numpy() == pytest.approx(kept * a)
+        weighted = token_advantages(variant, group, old, norm, 0.3, 2.0).numpy()
+        assert weighted == pytest.approx(np.where(right, 0.3, 2) * kept * a)
 
 
-def test_worked_example_of_the_normalisations():
-    """Two groups of two responses: one token right, three wrong; two right, two wrong. A = +1, -1 with std, +-1/2 without.
-
-    eq. 1:    -((1 x 1 - 3 x 1) / 4 + (2 - 2) / 4) / 2                = 1/4
-    DAPO:     -(1 - 3 + 2 - 2) / 8                                    = 1/4
-    Dr.GRPO:  -(1/2 - 3/2 + 1 - 1) / (2 responses x 5 max x 2 groups) = 1/20
-    """
-    response = torch.tensor([0, 1, 1, 1, 2, 2, 3, 3])
-    group, rewards = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0, 1, 0])
-    logp = torch.randn(8)
-
-    def loss(advantage_norm, norm):
-        a = group_advantages(rewards, group, advantage_norm)[response]
-        w = token_weights(response, group, 2, norm, tokens_in_update=8, max_tokens=5)
-        return (w * clipped_loss(logp, logp, a, 0.2, 0.2)[0]).sum().item()
-
-    assert loss("std", "group") == pytest.approx(1 / 4)
-    assert loss("std", "token") == pytest.approx(1 / 4)
-    assert loss("mean", "constant") == pytest.approx(1 / 20)
-    # lengths that differ between groups tell eq. 1 from DAPO: 1 right, 3 wrong; 1 right, 1 wrong
-    response = torch.tensor([0, 1, 1, 1, 2, 3])
-    a = group_advantages(rewards, group)[response]
-    assert (token_weights(response, group, 2) * -a).sum().item() == pytest.approx(1 / 4)
-    assert (token_weights(response, group, 2, "token", tokens_in_update=6) * -a).sum().item() == pytest.approx(1 / 3)
-
-
-def test_clipped_loss_against_its_definition_and_autograd():
-    g = torch.Generator().manual_seed(1)
-    logp = torch.randn(400, generator=g, dtype=torch.float64).requires_grad_()
-    old = logp.detach() + 0.3 * torch.randn(400, generator=g, dtype=torch.float64)
-    adv = torch.randn(400, generator=g, dtype=torch.float64)
-    adv[:20] = 0
-    loss, clipped = clipped_loss(logp, old, adv, 0.1, 0.3)
-    loss.sum().backward()
-    for i in range(400):
-        ratio, a = math.exp(logp[i].item() - old[i].item()), adv[i].item()
-        want = min(ratio * a, min(max(ratio, 0.9), 1.3) * a)
-        cut = (a > 0 and ratio > 1.3) or (a < 0 and ratio < 0.9)
-        assert loss[i].item() == pytest.approx(-want, abs=1e-12)
-        assert clipped[i].item() == cut
-        assert logp.grad[i].item() == pytest.approx(0 if cut else -ratio * a, abs=1e-12)
-    assert 0 < clipped.sum() < 400
+@pytest.mark.parametrize("variant, vocab", [
+    ("nthr", "response"), ("nthr", "full"), ("random", "full")])
+@pytest.mark.parametrize("eta, of_p", [
+    (None, lambda p: abs(1 - 2 * p)), ("2|0.5-p|", lambda p: abs(1 - 2 * p)), ("p", lambda p: p),
+    ("1-p", lambda p: 1 - p), (-0.3, lambda p: -0.3), (0.0, lambda p: 0.0)])
+def test_nthr_and_random(variant, vocab, eta, of_p, monkeypatch):
+    """Figures are over incorrect tokens, of tau and eta over groups with a correct response."""
+    ranks, seen, of_group = [Figures("cpu"), Figures("cpu")], [], []
+    for i, reward in enumerate(([1, 0, 0], [0, 0], [1, 1], [0, 1, 0], [1, 0, 1])):
+        lengths, p = [5, 9, 30][:len(reward)], sum(reward) / len(reward)
+        group, old, y, right = make_case(reward, lengths, i)
+        s = influence(old, y.numpy(), right.numpy(), vocab)
+        picked, tau = nthr_select(s, group, 0.1)
+        assert picked.any() == (0 < p < 1)
+        if variant == "random":
+            picked = advantages.random_like(picked, lengths, i)
+        a = np.repeat(advantages.group_advantages(group.reward), lengths)
+        got = token_advantages(variant, group, old, nthr_beta=0.1, nthr_eta=eta, nthr_vocab=vocab,
+                               figures=ranks[i % 2])
+        left = of_p(p) if variant == "nthr" else 0.0
+        assert got.numpy() == pytest.approx(np.where(picked, left * a, a))
+        seen += [(x.item(), score.item()) for x, score, r in zip(picked, s, right) if not r]
+        of_group += [(tau.item(), tau.item() < 0, of_p(p))] if 1 in reward else []
+    (picked, s), (tau, negative, etas) = np.array(seen).T, np.mean(of_group, 0)
+    assert over_ranks(monkeypatch, *ranks) == pytest.approx({
+        "nthr/selected": picked.mean(), "nthr/s_selected": s[picked == 1].mean(), "nthr/tau": tau,
+        "nthr/s_others": s[picked == 0].mean(), "nthr/tau_negative": negative, "nthr/eta": etas})
 
 
-def test_on_policy_gradient_is_minus_advantage():
-    logp = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    adv = torch.tensor([1.0, -2.0, 0.0, 0.5, -0.1], dtype=torch.float64)
-    clipped_loss(logp, logp.detach(), adv, 0.2, 0.2)[0].sum().backward()
-    assert torch.allclose(logp.grad, -adv)
+def test_random_takes_as_many_tokens_uniformly_and_by_its_seed_alone():
+    lengths, selected = [5, 1, 8, 1, 30], draw(0, 45) < -0.2
+    selected[:5], selected[5] = False, True
+    shares = [x.double().mean() for x in selected.split(lengths)]
+    drawn = [advantages.random_like(selected, lengths, seed) for seed in range(300)]
+    for want, got in zip(shares, torch.stack(drawn).double().split(lengths, dim=1)):
+        assert torch.allclose(got.mean(1), want) and (got.mean(0) - want).abs().max() < 0.15
+    torch.manual_seed(5)
+    assert torch.equal(drawn[7], advantages.random_like(selected, lengths, 7))
+
+
+def test_weights_are_eq_1_and_the_other_normalisations():
+    """Two groups of two: one token right, three wrong; two right, two wrong. A = +-1 or +-1/2.
+
+    eq. 1:    -((1 - 3) / 4 + (2 - 2) / 4) / 2                           = 1/4
+    DAPO:     -(1 - 3 + 2 - 2) / 8                                       = 1/4
+    Dr.GRPO:  -(1/2 - 3/2 + 1 - 1) / (2 responses x 5 at most x 2 groups) = 1/20"""
+    def loss(lengths, norm="std", loss_norm="group"):
+        groups = [make_group([1], [range(n) for n in of_group], [1, 0]) for of_group in lengths]
+        sums = [advantages.group_advantages(g.reward, norm) @ g.lengths for g in groups]
+        return pytest.approx(-np.dot(advantages.token_weights(groups, loss_norm, 5), sums))
+
+    assert loss([[1, 3], [2, 2]]) == 1 / 4 == loss([[1, 3], [2, 2]], "std", "token")
+    assert loss([[1, 3], [2, 2]], "mean", "constant") == 1 / 20
+    # groups of different lengths tell eq. 1 from DAPO
+    assert loss([[1, 3], [1, 1]]) == 1 / 4 and loss([[1, 3], [1, 1]], "std", "token") == 1 / 3
+
+
+def eq_7(old, y, source, vocab):
+    """s as the double sum over tokens, alpha = <u_k, u_t> explicit."""
+    u = -(old.h @ old.head.T / old.temperature).softmax(-1)
+    u[range(len(y)), y] += 1
+    keep = sorted(set(y.tolist())) if vocab == "response" else range(V)
+    s = torch.zeros(len(y), dtype=torch.float64)
+    for t in range(len(y)):
+        for k in source.nonzero()[:, 0]:
+            s[t] += sum(u[k, v] * u[t, v] for v in keep) * (old.h[k] @ old.h[t])
+    return s
+
+
+def along_gradient(old, y, source):
+    """s: how fast each token's log-likelihood moves with the head along that of the source."""
+    def of_head(head):
+        return loglik(old.h, head, y, old.temperature)
+
+    w = old.head.clone().requires_grad_()
+    m, = torch.autograd.grad(of_head(w)[source].sum(), w)
+    return torch.autograd.functional.jvp(of_head, old.head, m)[1] * old.temperature**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("reward, lengths", [
+    ([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 1], [1, 1]), ([0, 0], [2, 3]), ([1, 1], [2, 2]),
+    ([1, 0, 1], [6, 4, 5])])  # the last: more sources than D
+def test_influence_is_eq_7_and_the_product_of_head_gradients(reward, lengths, temperature):
+    _, old, y, right = make_case(reward, lengths, 1, temperature)
+    for vocab in ("response", "full"):
+        want = eq_7(old, y, right, vocab)
+        for chunk in (1, 3, 1000):
+            got = influence(old, y.numpy(), right.numpy(), vocab, chunk)
+            assert torch.allclose(got, want, rtol=1e-9, atol=1e-10)
+    want = along_gradient(old, y, right)
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-10)  # of the full vocabulary
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 0.0, -1.0, -math.inf])
+def test_selection_is_algorithm_1(beta):
+    cases = [([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [1, 2, 1]),
+             ([0, 1], [1, 1]), ([0, 0, 0, 1], [5, 1, 9, 2])]
+    signs = set()
+    for seed in range(20):
+        for reward, lengths in cases:
+            s = draw(seed, sum(lengths))
+            scores = [x.tolist() for x in s.split(lengths)]
+            right = [sum(x) / len(x) for x, r in zip(scores, reward) if r]
+            tau = math.inf if not right else beta if beta == -math.inf else beta * min(right)
+            want = [r == 0 and x > tau for part, r in zip(scores, reward) for x in part]
+            selected, got = nthr_select(s, make_group([1], scores, reward), beta)
+            assert got.item() == pytest.approx(tau) and selected.tolist() == want
+            signs.add(np.sign(tau))
+    assert beta in (0.0, -math.inf) or {-1, 1} <= signs  # thresholds of both signs were met
+
+
+def test_ties_at_tau_are_not_selected():
+    group = make_group([1], [[1, 1], [1, 1, 1]], [1, 0])
+    for s, beta, want in (([2, 4, 3, 3.1, 2.9], 1.0, [0, 1, 0]), ([2, 4, 5, 5, 5], 1.0, [1, 1, 1]),
+                          ([1, 3, 0, 1e-9, -1], 0.0, [0, 1, 0])):
+        selected, tau = nthr_select(torch.tensor(s) * 1.0, group, beta)
+        assert tau == beta * 3 and selected.tolist() == [0, 0, *want]
+
+
+def test_gwhes_is_eq_5_and_theorem_4_4():
+    """h and W are free, gradient flow on one group's objective: d/dt ln pi(y+) of a correct
+    response is, through W, the score of eq. 5 with its sign turned, and, through h, its own states'
+    squared gradients. The score by brute force, the sum of both against a small explicit step."""
+    lengths = [3, 4, 2, 1, 2]
+    group, old, y, right = make_case([1, 0, 1, 0, 0], lengths, 3)
+    s = [influence(old, y.numpy(), source.numpy(), "full") for source in (right, ~right)]
+    score = advantages.gwhes(*s, group)
+    h, w = (x.clone().requires_grad_() for x in (old.h, old.head))
+    a = torch.from_numpy(np.repeat(advantages.group_advantages(group.reward), lengths))
+    gh, gw = torch.autograd.grad((a * loglik(h, w, y)).sum(), (h, w))
+    after, before = (loglik(h + step * gh, w + step * gw, y) for step in (1e-6, -1e-6))
+    u = torch.nn.functional.one_hot(y, V) - (h @ w.T).softmax(-1)
+    through_w = ((u @ u.T) * (h @ h.T)) @ a
+    through_h = a * (u @ w).square().sum(-1)
+    of_tokens = torch.stack([through_w, through_h, (after - before) / 2e-6])
+    for i, block in enumerate(of_tokens.split(lengths, dim=1)):
+        through_w, through_h, rate = block.sum(1).tolist()
+        if group.reward[i]:
+            assert score[i].item() == pytest.approx(-through_w, rel=1e-9)
+            assert rate == pytest.approx(through_h + through_w, rel=1e-6)
+    assert torch.equal(score.isnan(), torch.from_numpy(group.reward == 0))
+    assert advantages.gwhes(*s, replace(group, reward=np.ones(5))).isnan().all()
+
+
+def test_scores_through_the_real_model(model_dir):
+    """influence on what the packed forward returns, against autograd through transformers' head."""
+    groups = random_groups(49152, [(9, [6, 4, 5])])
+    policy = load_policy(model_dir, torch.float32, "cpu")
+    (batch,), y = batches_of(groups), torch.from_numpy(np.concatenate(groups[0].responses))
+    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        old = Old(*policy(batch, 0.9), policy.model.lm_head.weight, 0.9)
+        alone = [torch.from_numpy(np.concatenate([groups[0].prompt, r]))[None]
+                 for r in groups[0].responses]
+        h = torch.cat([plain.model(x).last_hidden_state[0, 8:-1] for x in alone]).double()
+    source, head = torch.arange(15) < 6, plain.lm_head.weight.detach().double()
+    full, part = (influence(old, y.numpy(), source.numpy(), x, 4) for x in ("full", "response"))
+    exact = replace(old, h=h, head=head)
+    for got, want in ((full, along_gradient(exact, y, source)),
+                      (part, eq_7(exact, y, source, "response"))):
+        assert torch.allclose(got.double(), want, rtol=2e-3, atol=1.0)
+        assert want.abs().max() > 100  # so that an absolute error of 1 is small
+
+
+def test_nothing_in_a_micro_batch_waits_for_the_gpu(model_dir, monkeypatch):
+    """On tensors without data (device meta), where whatever asks for a value (item, nonzero, a
+    boolean index) raises: forward, scores, selection, loss, figures, backward."""
+    groups, figures = random_groups(49152, [(9, [6, 4, 5]), (3, [2, 2])]), Figures("meta")
+    batch, = batches_of(groups)
+    for name, x in vars(batch).items():
+        setattr(batch, name, x.to("meta") if isinstance(x, torch.Tensor) else x)
+    config = AutoConfig.from_pretrained(model_dir, num_hidden_layers=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # none for meta
+    outs = Policy(model, torch.float32)(batch, 1.0)
+    batch.old_logp = batch.ref_logp = outs[0].detach()
+    of_group = list(zip(groups, *(x.detach().split([15, 4]) for x in outs)))
+    for variant in ("nthr", "random", "dagrpo"):
+        batch.advantage = torch.cat([
+            token_advantages(variant, group, Old(*x, model.lm_head.weight), figures=figures)
+            for group, *x in of_group])
+        policy_loss(outs[0], batch, 0.2, 0.2, 0.1, 2.0, figures=figures).backward(retain_graph=True)
+    assert all(p.grad.is_meta for p in model.parameters())
+
+
+def test_masks_against_a_loop():
+    rng, kept = np.random.default_rng(0), []
+    for reward in (*(rng.random((40, 6)) < 0.5), np.zeros(6), np.ones(6)):
+        scores, a = rng.integers(1, 11, 6), advantages.group_advantages(reward, "mean")
+        for delta in (1.0, 3.0, 5.0):
+            want = [scores[i] - max(scores[a < 0]) >= delta if a[i] > 0 else
+                    a[i] < 0 and min(scores[a > 0]) - scores[i] >= delta for i in range(6)]
+            kept += want
+            assert advantages.dagrpo_masks(scores, a, delta).tolist() == want
+    assert 0.1 < np.mean(kept) < 0.9
+
+
+@pytest.mark.parametrize("scores, a, margins, mask", [
+    ([7.0, 4.0, 4.1], [1, -1, -1], [2.9, 3.0, 2.9], [0, 1, 0]),  # exactly delta apart counts
+    ([5.1, 1.0, 2.1], [2, -1, -1], [3.0, 4.1, 3.0], [1, 1, 1]),  # whatever floats make of it
+    ([9.0, 1.0, 1.0], [1, 0, -1], [8, -np.inf, 8], [1, 0, 1]),  # without advantage: no gradient
+    ([5.0, 5.0], [1, 0], [-np.inf] * 2, [0, 0]), ([5.0, 5.0], [-1, 0], [-np.inf] * 2, [0, 0]),
+    ([8.0, 9.0, np.nan], [1, 0, -1], [np.nan] * 3, [1, 1, 1])])  # not judged: no masks
+def test_margins(scores, a, margins, mask):
+    scores, a = np.array(scores), np.array(a)
+    assert advantages.dagrpo_margins(scores, a) == pytest.approx(np.array(margins), nan_ok=True)
+    assert advantages.dagrpo_masks(scores, a).tolist() == mask
+
+
+@pytest.mark.parametrize("form", ["luffy", "logp"])
+@pytest.mark.parametrize("tis_cap, kl_coef", [(0.0, 0.0), (1.5, 0.0), (1.5, 0.05), (0.0, 0.05)])
+def test_loss_against_its_definition(form, tis_cap, kl_coef, monkeypatch):
+    """Value, gradient and figures by hand. Anchors' other log-probabilities must not matter."""
+    x, a, w, anchor = -draw(0, 200).abs(), draw(1, 200).round(), draw(2, 200), draw(3, 200) < -0.5
+    old, ref, rollout = (x + scale * draw(4 + i, 200) for i, scale in enumerate((0.3, 1, 0.5)))
+    for nonsense, of_anchor in enumerate((-2000.0, math.inf, 0.0, -math.inf)):
+        for value in (old, ref, rollout):
+            value[anchor & (torch.arange(200) % 4 == nonsense)] = of_anchor
+    batch = SimpleNamespace(old_logp=old, advantage=a, weight=w, is_anchor=anchor, ref_logp=ref,
+                            rollout_logp=rollout)
+    logp, figures = x.clone().requires_grad_(), Figures("cpu")
+    loss = policy_loss(logp, batch, 0.1, 0.3, kl_coef, tis_cap, form, figures)
+    got = torch.autograd.grad(loss, logp)[0].numpy()
+    adv, log_ratio, gap, d = (v[~anchor].numpy() for v in (a, x - old, old - rollout, ref - x))
+    x, a, w, anchor = (v.numpy() for v in (x, a, w, anchor))
+    ratio, importance, kl, gap = np.exp(log_ratio), np.exp(gap), np.exp(d) - d - 1, abs(gap)
+    cut = (adv > 0) & (ratio > 1.3) | (adv < 0) & (ratio < 0.9)
+    cap = importance.clip(max=tis_cap) if tis_cap else 1
+    value, slope, pi = np.zeros(200), np.zeros(200), np.exp(x[anchor])
+    value[~anchor] = -cap * np.minimum(ratio * adv, ratio.clip(0.9, 1.3) * adv) + kl_coef * kl
+    slope[~anchor] = -cap * ratio * adv * ~cut + kl_coef * (1 - np.exp(d))
+    value[anchor] = -a[anchor] * (x[anchor] if form == "logp" else pi / (pi + 0.1))
+    slope[anchor] = -a[anchor] * (1 if form == "logp" else 0.1 * pi / (pi + 0.1)**2)
+    assert loss.item() == pytest.approx(w @ value) and got == pytest.approx(w * slope, abs=1e-12)
+    assert kl_coef or (got[a == 0] == 0).all()  # exactly no gradient
+    assert cut.sum() > 9 and (importance > 1.5).sum() > 9
+    of_step = {"train/clip_fraction": cut.mean(), "train/kl_old": (ratio - log_ratio - 1).mean(),
+               "gap/mean": gap.mean(), "gap/max": gap.max(), "anchor/logp": x[anchor].mean(),
+               "gap/importance": importance.mean(), "gap/importance_max": importance.max()}
+    of_step |= {"train/kl": kl.mean()} if kl_coef else {}
+    of_step |= {"gap/importance_cut": (importance > tis_cap).mean()} if tis_cap else {}
+    assert over_ranks(monkeypatch, figures) == pytest.approx(of_step)
 
 
 def test_kl_estimates_kl():
-    g = torch.Generator().manual_seed(2)
-    p, q = (torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0) for _ in "pq")
-    assert (kl_k3(p, q) >= 0).all() and (kl_k3(p, p) == 0).all()
-    assert (p.exp() * kl_k3(p, q)).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item())
+    p, q = draw(0, 6).log_softmax(0), draw(1, 6).log_softmax(0)
+    assert (advantages.kl_k3(p, q) >= 0).all() and (advantages.kl_k3(p, p) == 0).all()
+    assert torch.allclose((p.exp() * advantages.kl_k3(p, q)).sum(), (p.exp() * (p - q)).sum())
+
+
+def test_masked_groups_and_their_figures(monkeypatch):
+    """Figures are over groups that were judged and have both outcomes."""
+    figures, masked = Figures("cpu"), []
+    for reward, score in (([1, 0, 0], [7.0, 4, 6]), ([1, 0], [4.0, 3]), ([1, 1], [9.0, 2]),
+                          ([0, 1], [math.nan, 3])):
+        group, old, *_ = make_case(reward, [1] * len(reward), score=np.array(score))
+        masked.append(not token_advantages("dagrpo", group, old, figures=figures).any())
+    assert masked == [False, True, True, False]
+    assert over_ranks(monkeypatch, figures) == pytest.approx({
+        "dagrpo/lambda_pos": 0, "dagrpo/lambda_neg": 1 / 3, "dagrpo/fully_masked": 1 / 2,
+        "dagrpo/margin": np.mean([1, 3, 1, 1, 1])})

@@ -1,17 +1,17 @@
-"""lld.py as a user runs it; Delta, s, tau and GWHES computed again from the saved token ids, with plain transformers."""
+"""lld.py as a user runs it; what it finds, computed again from the token ids with transformers."""
 import json
-import math
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-ARGS = ("lld.py", "config/lld_quickstart.py", "--questions=2", "--group_size=4", "--max_rounds=4", "--learning_rate=1e-5",
-        "--nthr_beta=0.3", "--temperature=0.9", "--pages=1")
+ARGS = ("lld.py", "config/lld_quickstart.py", "--questions=2", "--group_size=4", "--max_rounds=4",
+        "--learning_rate=1e-5", "--nthr_beta=0.3", "--temperature=0.9", "--pages=1")
 
 
 def rows(path):
-    return [json.loads(line) for line in open(path)]
+    return [json.loads(line) for line in open(path)][1:]  # the first has the settings
 
 
 @pytest.fixture(scope="module")
@@ -21,118 +21,95 @@ def out(run, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plain(model_dir):
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 
-def states(model, group):
-    """Per response: hidden states that predict its tokens (R, d), logits / temperature (R, V), targets (R,)."""
+def ask(model, group):
+    """Of each response: states that predict it (R, d), log-probabilities (R, V), tokens (R,)."""
     for response in group["responses"]:
         ids = torch.tensor([group["prompt"] + response])
         out = model(input_ids=ids, output_hidden_states=True)
         at = slice(len(group["prompt"]) - 1, -1)
-        yield out.hidden_states[-1][0, at], out.logits[0, at] / 0.9, torch.tensor(response)
+        logp = (out.logits[0, at] / 0.9).log_softmax(-1)
+        yield out.hidden_states[-1][0, at], logp, torch.tensor(response)
 
 
 def log_likelihoods(model, group):
-    return [logits.log_softmax(-1).gather(1, y[:, None])[:, 0] for _, logits, y in states(model, group)]
+    return [logp[range(len(y)), y] for _, logp, y in ask(model, group)]
 
 
-def test_delta_is_one_update_of_a_plain_model(out, plain):
-    """The GRPO and the Pos Only gradient by eq. 1, torch's own AdamW and clipping, and the likelihoods after it."""
-    group, row = rows(out / "groups.jsonl")[1], rows(out / "questions.jsonl")[1]
+@pytest.mark.parametrize("variant", ["grpo", "pos_only", "nthr"])
+def test_delta_is_one_update_of_a_plain_model(out, plain, variant):
+    """The gradient of eq. 1, torch's own AdamW and clipping, and the likelihoods after it."""
+    group, row = rows(out / "groups.jsonl")[0], rows(out / "questions.jsonl")[0]
     rewards = torch.tensor(group["rewards"])
-    advantages = (rewards - rewards.mean()) / rewards.std(correction=0)
-    start = {k: v.clone() for k, v in plain.state_dict().items()}
-    for variant in ("grpo", "pos_only"):
-        a = advantages if variant == "grpo" else advantages.clamp(min=0)
-        before = log_likelihoods(plain, group)
-        loss = -sum(x * lp.sum() for x, lp in zip(a, before)) / sum(map(len, group["responses"]))
-        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.0)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            change = torch.stack([(x - y).sum() for x, y in zip(log_likelihoods(plain, group), before)])
-        plain.load_state_dict(start)
-        got = row["delta"][variant]
-        assert got["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
-        assert got["each"] == pytest.approx(change.tolist(), rel=1e-2, abs=1e-2)
-        assert got["correct"] == pytest.approx(change[rewards == 1].mean().item(), rel=1e-2, abs=1e-2)
-        assert got["incorrect"] == pytest.approx(change[rewards == 0].mean().item(), rel=1e-2, abs=1e-2)
+    advantage = (rewards - rewards.mean()) / rewards.std(correction=0)
+    before = log_likelihoods(plain, group)
+    loss = 0.0
+    for a, logp, spared in zip(advantage, before, row["selected_tokens"]):
+        counts = 1 - torch.tensor(spared).float() * (variant == "nthr")
+        if a > 0 or variant != "pos_only":
+            loss -= a * (logp * counts).sum() / sum(map(len, before))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.0).step()
+    with torch.no_grad():
+        change = [(x - y).sum() for x, y in zip(log_likelihoods(plain, group), before)]
+    for key, reward in (("delta", 1), ("incorrect", 0)):
+        mean = torch.stack(change)[rewards == reward].mean().item()
+        assert row[f"{key}_{variant}"] == pytest.approx(mean, rel=1e-2, abs=1e-2)
 
 
 def test_scores_from_the_token_ids(out, plain):
     """s by the double sum of eq. 7 with explicit alpha, then eq. 8, 9 and 5, token by token."""
-    for group, row in zip(rows(out / "groups.jsonl")[1:], rows(out / "questions.jsonl")[1:]):
+    for group, row in zip(rows(out / "groups.jsonl"), rows(out / "questions.jsonl")):
         with torch.no_grad():
-            parts = list(states(plain, group))
-        u = [torch.nn.functional.one_hot(y, logits.shape[1]) - logits.softmax(-1) for _, logits, y in parts]
-        vocab = torch.cat([y for *_, y in parts]).unique()
-        correct = [i for i, r in enumerate(group["rewards"]) if r == 1]
-        wrong = [i for i, r in enumerate(group["rewards"]) if r == 0]
+            h, logp, tokens = zip(*ask(plain, group))
+        u = [torch.nn.functional.one_hot(y, x.shape[1]) - x.exp() for x, y in zip(logp, tokens)]
+        right, wrong = ([i for i in range(4) if group["rewards"][i] == r] for r in (1, 0))
 
-        def scores(of, columns):
-            return [sum(((ui[:, columns] @ u[k][:, columns].T) * (parts[i][0] @ parts[k][0].T)).sum(1) for k in of)
-                    for i, ui in enumerate(u)]
+        def scores(source, columns=slice(None)):
+            return [sum(((u[i][:, columns] @ u[k][:, columns].T) * (h[i] @ h[k].T)).sum(1)
+                        for k in source) for i in range(4)]
 
-        every = torch.arange(u[0].shape[1])
-        s, exact, negative = scores(correct, vocab), scores(correct, every), scores(wrong, every)
-        for got, want in ((row["s"], s), (row["s_exact"], exact)):
-            scale = max(x.abs().max().item() for x in want)
-            assert all(torch.allclose(torch.tensor(g), w, rtol=1e-2, atol=1e-3 * scale) for g, w in zip(got, want))
-        tau = 0.3 * min(s[i].mean().item() for i in correct)
-        assert row["tau"] == pytest.approx(tau, rel=1e-2)
-        for i in range(4):
-            assert row["selected_tokens"][i] == [i in wrong and x > row["tau"] for x in row["s"][i]]
-        count = sum(len(group["responses"][i]) for i in wrong)
-        assert row["selected"] == pytest.approx(sum(sum(row["selected_tokens"][i]) for i in wrong) / count)
-        p = len(correct) / 4
-        assert row["p"] == p
-        each = [(p * negative[i].sum() - (1 - p) * exact[i].sum()).item() / math.sqrt(p * (1 - p)) for i in correct]
-        assert [row["gwhes_each"][i] for i in correct] == pytest.approx(each, rel=1e-2)
-        assert row["gwhes"] == pytest.approx(sum(each) / len(each), rel=1e-2)
+        s, exact, negative = scores(right, torch.cat(tokens).unique()), scores(right), scores(wrong)
+        got, want = torch.tensor(sum(row["s"], [])), torch.cat(s)
+        assert torch.allclose(got, want, rtol=1e-2, atol=1e-3 * want.abs().max())
+        assert row["tau"] == pytest.approx(0.3 * min(s[i].mean().item() for i in right), rel=1e-2)
+        selected = [[i in wrong and x > row["tau"] for x in row["s"][i]] for i in range(4)]
+        assert row["selected_tokens"] == selected
+        count = sum(len(tokens[i]) for i in wrong)
+        assert row["selected"] == pytest.approx(sum(map(sum, selected)) / count)
+        p = len(right) / 4
+        each = [p * negative[i].sum() - (1 - p) * exact[i].sum() for i in right]
+        mean = torch.stack(each).mean().item() / (p * (1 - p))**0.5
+        assert row["p"] == p and row["gwhes"] == pytest.approx(mean, rel=1e-2)
 
 
 def test_summary_pictures_and_page(out):
-    summary, data = json.load(open(out / "summary.json")), rows(out / "questions.jsonl")[1:]
-    assert summary["questions"] == len(data) == 2
-    for v in ("grpo", "pos_only", "random", "nthr"):
-        assert summary["delta"][v]["mean"][0] == pytest.approx(sum(r["delta"][v]["correct"] for r in data) / 2)
-    x = summary["nthr > grpo"]
-    assert x["share"][0] == sum(r["delta"]["nthr"]["correct"] > r["delta"]["grpo"]["correct"] for r in data) / 2
-    assert (out / "summary.md").read_text().count("| NTHR |") == 1
-    for name in ("delta", "gwhes", "success"):
-        assert (out / f"{name}.png").stat().st_size > 10_000
+    summary, found = json.load(open(out / "summary.json")), rows(out / "questions.jsonl")
+    mean = sum(row["delta_nthr"] for row in found) / 2
+    assert summary["delta_nthr"][0] == pytest.approx(mean)
+    won = [row["delta_nthr"] > row["delta_grpo"] for row in found]
+    assert summary["nthr > grpo, share"][0] == sum(won) / 2
+    assert f"| delta_nthr | {mean:.4f} | " in (out / "summary.md").read_text()
+    assert all((out / f"{x}.png").stat().st_size > 10_000 for x in ("delta", "gwhes", "success"))
     page = (out / "tokens.html").read_text()
-    assert page.count("<h2>") == 1 and page.count('class="t') >= 10 and "http" not in page and "<script" not in page
+    assert page.count("<h2>") == 1 and page.count("title=") >= 10
+    assert "&lt;|im_start|&gt;" in page and "<|" not in page  # what a model writes is escaped
 
 
-def test_an_interrupted_run_goes_on_and_a_page_escapes(run, out, tmp_path):
-    """The last question lost, its row cut off; and a response that a model may write: HTML."""
-    import shutil
-    cut = tmp_path / "cut"
-    shutil.copytree(out, cut)
-    text = (cut / "questions.jsonl").read_text()
-    (cut / "questions.jsonl").write_text(text[:-200])
-    groups = rows(cut / "groups.jsonl")
-    groups[1]["problem"] = groups[2]["problem"] = "<script>alert('&')</script>"
-    (cut / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups))
-    done = run(*ARGS, f"--out_dir={cut}", "--pages=2")
-    again = rows(cut / "questions.jsonl")
-    assert again[0] == rows(out / "questions.jsonl")[0] and [r["question"] for r in again[1:]] == [0, 1]
-    assert again[2] == rows(out / "questions.jsonl")[2] | dict(problem="<script>alert('&')</script>")
-    page = (cut / "tokens.html").read_text()
-    assert "<script" not in page and "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in page
-    assert "both outcomes" not in done.stdout  # nothing was sampled again
+def test_a_stopped_run_goes_on(run, out, tmp_path):
+    cut = shutil.copytree(out, tmp_path / "cut")
+    settings, first, _ = (out / "questions.jsonl").read_text().splitlines(keepends=True)
+    (cut / "questions.jsonl").write_text(settings + first)
+    assert "both outcomes" not in run(*ARGS, f"--out_dir={cut}").stdout  # not sampled again
+    for name in ("groups.jsonl", "questions.jsonl", "tokens.html"):
+        assert (cut / name).read_text() == (out / name).read_text()
 
 
-def test_bad_input(run):
-    for args, words in [(["--variants=('grpo','gpro')"], "variants: 'gpro'"), (["--optimizer=adam"], "optimizer"),
-                        (["--group_size=1"], "group_size"), (["--nthr_eta=q"], "nthr_eta"), (["--dataset=none"], "dataset"),
-                        (["--dataset=math", "--split=test"], "no test split"), (["--questoins=3"], "'questions'"),
-                        (["--model=nowhere"], "model: nowhere"), (["--learning_rate=0"], "learning_rate")]:
-        done = run("lld.py", *args, check=False, HF_HUB_OFFLINE="1")
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+def test_bad_input(refused):
+    for key, value in dict(variants="('grpo','gpro')", group_size=1, optimizer="adam").items():
+        assert f"{key}: " in refused("lld.py", f"--{key}={value}")

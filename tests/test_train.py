@@ -1,280 +1,199 @@
-"""train.py and eval.py as users run them: whole runs, resumed runs, two ranks, and every kind of bad input."""
-import importlib.util
+"""train.py and eval.py as users run them: whole runs, resumed runs, two ranks, bad input."""
 import json
+import re
+import runpy
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-SMALL = ("config/quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1", "--group_size=4",
-         "--eval_problems=8", "--oversample=4", "--max_rounds=8", "--tokens_per_micro_batch=200", "--variant=grpo",
+import judge
+import rollout
+from figures import step_line
+from runs import read_metrics
+
+SMALL = ("config/quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1", "--oversample=4",
+         "--max_rounds=8", "--tokens_per_micro_batch=200", "--eval_problems=8", "--variant=grpo",
          "--compute_dtype=float32", "--rollout_dtype=float32")
+KEYS = """
+    reward/accuracy reward/mean rollout/groups_sampled rollout/groups_kept rollout/response_tokens
+    rollout/tokens_dropped rollout/tokens_wasted rollout/mean_length rollout/truncated train/lr
+    train/loss train/entropy train/tokens train/grad_norm train/clip_fraction train/kl_old gap/mean
+    gap/max gap/importance time/rollout time/judge time/old_policy time/update time/sync time/step
+    perf/rollout_tok_s perf/train_tok_s perf/peak_memory_gib""".split()
 
 
 def rows(path):
     return [json.loads(line) for line in open(path)]
 
 
-def figures(path):
-    """Metrics less what a clock or the memory of a process decides (on a GPU that is also what is in work at an end)."""
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/", "rollout/tokens_wasted"))} for r in rows(path)]
+def steps(out):
+    return [row for row in read_metrics(out) if "train/loss" in row]
+
+
+def weights(out, step):
+    return load_file(out / f"step_{step:06d}" / "model.safetensors")
+
+
+def figures(out):
+    """Metrics less what a clock or a process's memory decides."""
+    varies = ("time/", "perf/", "rollout/tokens_wasted")  # the last one: on a GPU
+    return [{k: v for k, v in r.items() if not k.startswith(varies)} for r in read_metrics(out)]
 
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     """A run of two steps, checkpointed every step."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    done = run("train.py", *SMALL, f"--out_dir={out}", "--max_steps=2", "--eval_every=1", "--keep_ckpts=3")
-    return out, done
+    args = ("train.py", *SMALL, "--max_steps=2", "--eval_every=1", "--keep_ckpts=3")
+    return out, args, run(*args, f"--out_dir={out}").stdout
 
 
-def test_a_run_leaves_what_it_promises(whole, run):
-    out, done = whole
-    metrics = rows(out / "metrics.jsonl")
-    assert [r["step"] for r in metrics if "eval/accuracy" in r] == [0, 1, 2]
-    steps = [r for r in metrics if "train/loss" in r]
-    assert [r["step"] for r in steps] == [1, 2]
-    for key in ("reward/mean", "reward/accuracy", "rollout/groups_sampled", "rollout/groups_kept",
-                "rollout/response_tokens", "rollout/mean_length", "rollout/truncated", "train/entropy", "train/loss",
-                "train/grad_norm", "train/clip_fraction", "train/kl", "gap/mean", "gap/max", "time/rollout",
-                "time/old_logp", "time/update", "time/sync", "time/step", "perf/rollout_tok_s", "perf/train_tok_s",
-                "perf/peak_memory_gib"):
-        assert all(key in r for r in steps), key
-    assert all(r["gap/max"] < 1e-2 for r in steps)  # every step samples from the weights the step before left
-    assert any(r["train/grad_norm"] > 0 for r in steps)
-    two = [r for r in steps if r["train/updates"] == 2]  # the first update moves the correct responses of the second
-    assert two and all(abs(r["displacement/mean"]) > 1e-5 and 0 <= r["displacement/fell"] <= 1 for r in two)
-    assert not any("displacement/mean" in r for r in steps if r["train/updates"] < 2)
+def test_a_run_leaves_what_it_promises(whole):
+    out, _, printed = whole
+    assert [row["step"] for row in read_metrics(out)] == [0, 1, 1, 2, 2]
+    assert [row["step"] for row in steps(out)] == [1, 2]
+    for row in steps(out):
+        assert row.keys() >= set(KEYS)
+        assert 0 < row["gap/max"] < 1e-2  # sampled from the weights the step before left
+        assert row["rollout/groups_kept"] == 2 and row["train/grad_norm"] > 0
+        # the first update moves the correct responses of the second
+        assert abs(row["displacement/mean"]) > 1e-5 and 0 <= row["displacement/fell"] <= 1
+        assert len(step_line(row | {"step": 9_999})) <= 120 and step_line(row) in printed
     samples = rows(out / "samples.jsonl")
-    assert {"prompt", "response", "reward", "advantage", "step"} <= samples[0].keys()
-    assert all((s["advantage"] > 0) == (s["reward"] == 1) for s in samples)
-    assert (out / "curves.png").stat().st_size > 10_000 and (out / "tensorboard").is_dir()
-    assert json.load(open(out / "run_config.json"))["prompts_per_step"] == 2
+    assert all((s["advantage"] > 0) == (s["reward"] == 1) and s["step"] in (1, 2) for s in samples)
+    assert (out / "curves.png").stat().st_size > 10_000
     assert sorted(p.name for p in out.glob("step_*")) == ["step_000001", "step_000002"]
-    # plain transformers reads the checkpoint; it is not the model that training started from
-    from transformers import AutoModelForCausalLM
-    first, last = (AutoModelForCausalLM.from_pretrained(out / f"step_00000{i}").state_dict() for i in (1, 2))
-    assert any(not torch.equal(first[k], last[k]) for k in first) == any(r["train/updates"] for r in steps[1:])
+    assert not torch.equal(*(weights(out, step)["model.norm.weight"] for step in (1, 2)))
 
 
-def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run):
-    """Every checkpoint in turn through one engine, on the problems and with the prompt of its run."""
-    out, _ = whole
-    done = run("eval.py", "--ckpt", out)
-    results = json.load(open(out / "eval" / "results.json"))
+def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run, monkeypatch):
+    """Every checkpoint in turn through one engine, on its run's problems and with its prompt."""
+    out, *_ = whole
+    printed = run("eval.py", f"--ckpt={out}").stdout
+    results = json.loads((out / "eval" / "results.json").read_text())
     assert [r["model"] for r in results] == ["step_000001", "step_000002"]
-    assert [r["accuracy"] for r in results] == [r["eval/accuracy"] for r in rows(out / "metrics.jsonl")
-                                                if "eval/accuracy" in r][1:]
-    assert all(r["problems"] == 8 and r["intervals"]["accuracy"][0] <= r["accuracy"] <= r["intervals"]["accuracy"][1] for r in results)
-    assert done.stdout.count("| arithmetic | 8 x 1 | 0 |") == 2 == (out / "eval" / "results.md").read_text().count("| arithmetic |")
-    assert (out / "eval" / "accuracy.png").stat().st_size > 5000
-    settings, *responses = rows(out / "eval" / "step_000002" / "arithmetic_n1_t0.jsonl")
-    assert settings["n"] == 1 and len(responses) == 8 and {"problem", "answer", "response", "correct"} <= responses[0].keys()
-
-
-def test_an_interrupted_evaluation_goes_on(whole, run):
-    """Sampled responses, a set with a name and one from a file: killed after the first write, then finished."""
-    out, _ = whole
-    (out.parent / "sums.jsonl").write_text("".join(json.dumps(dict(problem=f"{i} + {i}", answer=2 * i)) + "\n"
-                                                   for i in range(11, 17)))
-    args = ("eval.py", f"--ckpt={out / 'step_000001'},{out / 'step_000002'}", "--n=3", "--temperature=1.0",
-            f"--data=arithmetic,{out.parent / 'sums.jsonl'}", "--max_problems=6", "--save_every=6")
-    run(*args, f"--out_dir={out.parent / 'once'}")
-    files = [f"step_00000{step}/{name}_n3_t1.jsonl" for step in (1, 2) for name in ("arithmetic", "sums")]
-    once = [(out.parent / "once" / f).read_text() for f in files]
-    assert all(text.count("\n") == 1 + 6 * 3 for text in once)
-    # as a kill leaves it: two problems and a half, the last row cut; of the other three files nothing
-    first = out.parent / "cut_off" / files[0]
-    first.parent.mkdir(parents=True)
-    first.write_text("".join(once[0].splitlines(keepends=True)[:9])[:-20])
-    run(*args, f"--out_dir={out.parent / 'cut_off'}")
-    assert [(out.parent / "cut_off" / f).read_text() for f in files] == once
-    assert [(out.parent / "cut_off" / f"results.{x}").read_text() for x in ("json", "md")] == [
-        (out.parent / "once" / f"results.{x}").read_text() for x in ("json", "md")]
-    result = json.load(open(out.parent / "once" / "results.json"))[0]
-    correct = [r["correct"] for r in map(json.loads, once[0].splitlines()[1:])]
-    assert result["accuracy"] == pytest.approx(sum(correct) / 18) and {"pass@2", "pass@3", "maj@3"} <= result.keys()
-    assert "Processed" not in run(*args, f"--out_dir={out.parent / 'cut_off'}").stderr  # nothing left to do: no engine
+    wanted = [row["eval/accuracy"] for row in read_metrics(out) if "eval/accuracy" in row]
+    assert [r["accuracy"] for r in results] == wanted[1:]
+    table = (out / "eval" / "results.md").read_text()
+    assert table in printed and table.count("| addition | 8 x 1 | 0 |") == 2
+    # what is there is not done again, by no engine
+    monkeypatch.setattr(rollout, "build_engine", None)
+    monkeypatch.setattr("sys.argv", ["eval.py", f"--ckpt={out}"])
+    runpy.run_path("eval.py", run_name="__main__")
+    assert json.loads((out / "eval" / "results.json").read_text()) == results
 
 
 def test_resume_gives_the_same_metrics(whole, run):
-    """Killed after the checkpoint of step 1, in the middle of the next step's row: the rest comes out the same."""
-    out, _ = whole
-    at, cut = 1, out.parent / "cut"
-    shutil.copytree(out, cut, ignore=lambda d, names: [n for n in names if n.startswith("step_") and int(n[5:]) > at
-                                                       or n in ("curves.png", "tensorboard")])
-    lines = open(cut / "metrics.jsonl").readlines()
-    keep = next(i for i, line in enumerate(lines) if json.loads(line)["step"] == at + 1)
-    (cut / "metrics.jsonl").write_text("".join(lines[:keep]) + lines[keep][:20])
-    (cut / f"step_00000{at + 1}.tmp").mkdir()
-    run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=2", "--eval_every=1", "--keep_ckpts=3", "--resume")
-    assert figures(cut / "metrics.jsonl") == figures(out / "metrics.jsonl")
+    """Killed after the checkpoint of step 1, in a row of step 2: the rest comes out the same."""
+    out, args, _ = whole
+    cut = out.parent / "cut"
+    shutil.copytree(out, cut, ignore=shutil.ignore_patterns("step_000002", "curves.png", "eval"))
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    (cut / "step_000002.tmp").mkdir()
+    run(*args, f"--out_dir={cut}", "--resume")
+    assert figures(cut) == figures(out)
     assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
-    # the first update of the next step destroys the weights, so that the second has no gradient: the checkpoints stay
-    done = run("train.py", *SMALL, f"--out_dir={cut}", "--max_steps=3", "--eval_every=0", "--keep_ckpts=1", "--resume",
-               "--learning_rate=1e30", check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "the gradient norm is nan" in done.stdout, done.stdout
-    assert "learning_rate 2e-05 -> 1e+30" in done.stdout and "max_steps 2 -> 3" in done.stdout
-    assert [p.name for p in sorted(cut.glob("step_*"))] == ["step_000001", "step_000002"]
-    assert rows(cut / "metrics.jsonl")[-1]["train/grad_norm"] is None
+    again = weights(cut, 2)
+    assert all(torch.equal(p, again[name]) for name, p in weights(out, 2).items())
+    # the first update destroys the weights, the second has no gradient: checkpoints stay
+    done = run(*args, f"--out_dir={cut}", "--resume", "--max_steps=3", "--eval_every=0",
+               "--keep_ckpts=1", "--learning_rate=1e30", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "the gradient norm is nan" in done.stdout and "2e-05 -> 1e+30" in done.stdout
+    assert sorted(p.name for p in cut.glob("step_*")) == ["step_000001", "step_000002"]
+    assert read_metrics(cut)[-1]["train/grad_norm"] is None
 
 
 def test_two_ranks(run, tmp_path):
-    """One engine a rank. DDP on two machines (two launchers) that share no folder; its checkpoint is resumed by FSDP2 on one,
-    as another variant with anchors, which writes one too. The reference model is sharded, then offloaded."""
-    far = tmp_path / "far"
-    args = ("train.py", *SMALL, "--eval_every=0", "--variant=nthr", "--kl_coef=0.01")
-    near = tmp_path / "near"
-    run(*args, "--max_steps=1", "--parallel=ddp", "--reference=shard", "--tis_cap=2", nodes=([f"--out_dir={near}"], [f"--out_dir={far}"]))
-    assert sorted(p.name for p in far.iterdir()) == []  # the first machine's rank 0 writes
-    run(*args, f"--out_dir={near}", "--max_steps=2", "--parallel=fsdp", "--resume", "--variant=dagrpo", "--dataset=sums", "--anchors=1",
-        "--reference=offload", "--old_logp=rollout", "--max_response_tokens=48", "--samples_per_step=99", ranks=2)
-    steps = [r for r in rows(near / "metrics.jsonl") if "train/loss" in r]
-    assert [r["step"] for r in steps] == [1, 2] and all(0 < r["gap/max"] < 1e-2 for r in steps)
-    assert all(abs(r["gap/ratio"] - 1) < 1e-3 and 1 <= r["gap/ratio_max"] < 1.01 for r in steps)
-    assert steps[0]["gap/ratio_cut"] == 0 and "gap/ratio_cut" not in steps[1]
-    assert [r["train/updates"] for r in steps] == [2, 2] and all(r["train/kl"] > 0 for r in steps)
-    assert "displacement/mean" not in steps[1]  # it would need the trainer's own pi_old
-    assert steps[1]["train/grad_norm"] > 0 and steps[1]["anchor/groups"] == steps[1]["rollout/groups_kept"] > 0
+    """An engine a rank. DDP on two machines that share no folder; its checkpoint is resumed by
+    FSDP2 on one, as another variant with anchors."""
+    near, far = tmp_path / "near", tmp_path / "far"
+    args = ("train.py", *SMALL, "--eval_every=0", "--kl_coef=0.01")
+    run(*args, "--variant=nthr", "--max_steps=1", "--tis_cap=2",
+        nodes=([f"--out_dir={near}"], [f"--out_dir={far}"]))
+    assert list(far.iterdir()) == []  # the first machine's rank 0 writes
+    run(*args, f"--out_dir={near}", "--max_steps=2", "--parallel=fsdp", "--resume", "--anchors=1",
+        "--variant=dagrpo", "--dataset=sums", "--max_response_tokens=48", "--samples_per_step=99",
+        ranks=2)
+    first, second = steps(near)
+    for row in (first, second):
+        assert 0 < row["gap/max"] < 1e-2 and abs(row["gap/importance"] - 1) < 1e-3
+        assert row["train/kl"] > 0 and row["train/grad_norm"] > 0 and "displacement/mean" in row
+    assert first["gap/importance_cut"] == 0 and first["nthr/eta"] > 0
+    assert second["anchor/groups"] == second["rollout/groups_kept"] == 2
     # every response has the score that is its own, whichever rank judged it
-    import judge
-    mine = [r for r in rows(near / "samples.jsonl") if r["step"] == 2]
-    assert len(mine) == 4 * steps[1]["rollout/groups_kept"] == 8  # of both ranks
-    solution = next(r["response"] for r in mine if r["anchor"])
-    for r in (r for r in mine if r["problem"] == next(m["problem"] for m in mine)):
-        group = dict(problem=r["problem"], answer=r["answer"], solution=solution)
-        assert r["score"] == pytest.approx(judge.rubric_score(group, r["response"], r["reward"], r["truncated"]))
-    # nothing of the wrapping is in the names
-    from safetensors import safe_open
-    for step in (1, 2):
-        with safe_open(near / f"step_00000{step}" / "model.safetensors", "pt") as f:
-            assert "model.layers.0.mlp.up_proj.weight" in f.keys()
+    samples = [s for s in rows(near / "samples.jsonl") if s["step"] == 2]
+    assert len(samples) == 8 and sum(s["anchor"] for s in samples) == 2
+    solutions = {s["problem"]: s["response"] for s in samples if s["anchor"]}
+    for s in samples:
+        row = s | {"solution": solutions[s["problem"]]}
+        score = judge.rubric_score(row, s["response"], s["reward"], s["truncated"])
+        assert s["score"] == pytest.approx(score)
+    assert weights(near, 1).keys() == weights(near, 2).keys() >= {"model.norm.weight"}
 
 
 def test_a_step_does_not_depend_on_what_is_computed_together(run, tmp_path):
-    """NTHR with whole groups, scored from the training forward, and with groups cut in two, scored in a pass before; groups
-    that are all right or all wrong, of which nothing is computed, and (for a KL term too small to matter) everything."""
-    steps = []
-    for budget, kl in ((10_000, 0), (150, 1e-12)):
+    """NTHR with whole groups, and with cut ones and (for a tiny KL term) those of one outcome."""
+    found = []
+    for budget, kl_coef in ((10_000, 0), (150, 1e-12)):
         out = tmp_path / str(budget)
-        run("train.py", *SMALL, "--variant=nthr", "--prompts_per_step=8", "--prompts_per_update=8", "--dynamic_sampling=False",
-            f"--tokens_per_micro_batch={budget}", f"--kl_coef={kl}", f"--out_dir={out}", "--eval_every=0", "--max_steps=1",
-            "--samples_per_step=99")
-        steps.append(next(r for r in rows(out / "metrics.jsonl") if "train/loss" in r))
-        samples = rows(out / "samples.jsonl")
-        assert len(samples) == 32 and len({r["problem"] for r in samples}) == 8
-    few, every = steps
-    assert 0 < few["train/tokens"] < every["train/tokens"] == every["rollout/response_tokens"] == few["rollout/response_tokens"]
+        run("train.py", *SMALL, "--variant=nthr", "--prompts_per_step=8", "--prompts_per_update=8",
+            f"--tokens_per_micro_batch={budget}", f"--kl_coef={kl_coef}", f"--out_dir={out}",
+            "--dynamic_sampling=False", "--eval_every=0", "--max_steps=1")
+        found += steps(out)
+    few, every = found
+    assert 0 < few["train/tokens"] < every["train/tokens"] == every["rollout/response_tokens"]
     assert few["train/grad_norm"] > 0 and few["nthr/eta"] > 0
-    for key, rel in (("train/loss", 1e-3), ("train/grad_norm", 1e-3), ("nthr/tau", 2e-2), ("nthr/s_selected", 2e-2)):
-        assert every[key] == pytest.approx(few[key], rel=rel, abs=1e-6), key
+    for key in ("train/loss", "train/grad_norm", "nthr/tau", "nthr/s_selected"):
+        assert every[key] == pytest.approx(few[key], rel=1e-3, abs=1e-6), key
 
 
-def test_gradients_are_the_same_on_one_rank_and_two(run, tmp_path):
-    """tests/gradients.py prints the gradient norm and checksums of one update: plain, DDP and FSDP2 agree."""
-    with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda case: run("tests/gradients.py", *case[1:], ranks=case[0]),
-                        ((0,), (2,), (2, "--micro=1000", "--parallel=fsdp")))
-    want, *others = [[float(x) for x in r.stdout.split("GRADIENTS")[1].split()] for r in runs]
-    assert want[0] > 0 and len(want) > 3
-    for got in others:
-        assert got == pytest.approx(want, rel=2e-3)
+# bad input, refused before anything is loaded
+GOOD = '{"problem": "1 + 1", "answer": "2"}\n'
+FILES = {"empty": "", "good": GOOD, "long": GOOD + GOOD.replace("1 +", "1 + " * 9000),
+         "wrong": '{"problem": "10 + 10", "solution": "y"}', "x.safetensors": "cut off"}
+REFUSED = """
+train.py --eval_dataset=nowhere.jsonl            eval_dataset: 'nowhere.jsonl'
+train.py --dataset=DIR/empty                     has no rows
+train.py --dataset=DIR/long                      problem 2
+train.py --dataset=DIR/good --eval_dataset=DIR/good  are in an evaluation set
+train.py --dataset=math500                       no train split
+train.py --dataset=math --data_dir=config        math_lvl3to5_12k_split.jsonl
+train.py --model=models/nowhere                  models/nowhere
+train.py --prompts_per_update=3                  prompts_per_update
+train.py --nthr_beta=inf                         nthr_beta
+train.py --max_response_tokens=100000            context
+train.py --variant=dagrpo                        no 'solution'
+train.py --delta=9.5                             delta: 9.5
+train.py --judge=gpt-4o                          rubric, self and an address
+train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
+train.py --anchors=1 --demos=DIR/good            good, line 1: 'solution' is missing
+train.py --anchors=1 --demos=DIR/wrong           all 1 demonstrations are wrong
+train.py --anchors=1 --dataset=sums --max_response_tokens=9          are longer than
+train.py --variant=dagrpo --dataset=sums --judge=http://127.0.0.1:9  9 does not answer
+train.py --tp=2                                  tp: 2 does not divide the 1 ranks of a machine
+train.py --resume --out_dir=DIR                  no whole checkpoint
+train.py --out_dir=DIR/empty                     out_dir
+eval.py --ckpt=DIR                               neither a whole model
+eval.py --ckpt=MODEL --data=arithmetic,nowhere   known sets, ['arithmetic', 'addition'
+eval.py --chkpt=x                                'ckpt'"""
 
 
-def write(path, text):
-    path.write_text(text)
-    return path
+@pytest.mark.parametrize("case", REFUSED.split("\n")[1:])
+def test_bad_input(case, refused, tmp_path, model_dir):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    command, words = re.split("  +", case)
+    command = command.replace("DIR", str(tmp_path)).replace("MODEL", model_dir)
+    assert words in refused(*command.split())
 
 
-def test_bad_input_is_refused_before_anything_is_loaded(run, tmp_path, model_dir):
-    good = '{"problem": "1 + 1", "answer": "2"}\n'
-    long = json.dumps({"problem": "1 + " * 9000, "answer": "2"}) + "\n"
-    cases = [
-        (["--lerning_rate=1"], "'learning_rate'"),
-        (["--max_steps=ten"], "max_steps must be int"),
-        (["config/nowhere.py"], "config/nowhere.py"),
-        ([write(tmp_path / "syntax.py", "max_steps = 1\nx = = 2\n")], "syntax.py, line 2"),
-        ([write(tmp_path / "typo.py", "max_steps = 1\nmaks_steps = 2\n")], "typo.py, line 2: unknown key 'maks_steps'"),
-        (["--dataset=nowhere.jsonl"], "nowhere.jsonl"),
-        (["--eval_dataset=nowhere.jsonl"], "eval_dataset"),
-        ([f"--dataset={write(tmp_path / 'empty.jsonl', '')}"], "has no rows"),
-        ([f"--dataset={write(tmp_path / 'json.jsonl', good + '{')}"], "json.jsonl, line 2"),
-        ([f"--dataset={write(tmp_path / 'list.jsonl', good + good + '[1]')}"], "list.jsonl, line 3"),
-        ([f"--dataset={write(tmp_path / 'row.jsonl', good + chr(10) + json.dumps({'problem': 'x'}))}"],
-         "row.jsonl, line 3: 'answer' is missing"),
-        ([f"--dataset={write(tmp_path / 'type.jsonl', json.dumps({'problem': 3, 'answer': '3'}))}"], "line 1: 'problem'"),
-        ([f"--dataset={write(tmp_path / 'long.jsonl', good + long)}"], "problem 2"),
-        (["--model=models/nowhere"], "models/nowhere"),
-        ([f"--model={tmp_path}"], "config.json"),
-        (["--prompts_per_step=8", "--prompts_per_update=3"], "prompts_per_update"),
-        (["--group_size=1"], "group_size"),
-        (["--variant=gpro"], "variant"),
-        (["--kl_coef=nan"], "kl_coef: nan is not a finite number"),
-        ([f"--dataset={write(tmp_path / 'half.jsonl', good + good.replace('1 +', chr(92) + 'ud800'))}"], "half.jsonl, line 2: 'problem'"),
-        (["--parallel=tp"], "parallel"),
-        (["--temperature=0"], "temperature"),
-        (["--dataset=mat", "--data_dir=config"], "'math'"),
-        (["--dataset=math500"], "no train split"),
-        (["--dataset=math", "--data_dir=nowhere"], "data_dir: nowhere"),
-        (["--dataset=math", "--data_dir=config"], "math_lvl3to5_12k_split.jsonl"),
-        (["--max_response_tokens=100000"], "context"),
-        (["--variant=dagrpo"], "no 'solution'"),
-        (["--anchors=1"], "no 'solution'"),
-        (["--anchors=2"], "anchors: 2"),
-        (["--anchor_mode=instead"], "replace, add"),
-        (["--anchor_loss=sft"], "luffy, logp"),
-        (["--delta=0"], "delta: 0.0 is not in (0, 9]"),
-        (["--delta=9.5"], "delta: 9.5"),
-        (["--judge=gpt-4o"], "rubric, self and an address"),
-        (["--judge_retries=-1"], "judge_retries"),
-        (["--variant=dagrpo", "--dataset=sums", "--judge=http://127.0.0.1:9/v1"], "judge: http://127.0.0.1:9/v1 does not answer"),
-        (["--variant=dagrpo", "--demos=nowhere.jsonl"], "demos: nowhere.jsonl is not a file"),
-        (["--anchors=1", f"--demos={write(tmp_path / 'demos.jsonl', json.dumps({'problem': 'x', 'solution': 'y'}))}"],
-         "demos.jsonl: none of its 1 demonstrations is of a problem"),
-        (["--anchors=1", f"--demos={write(tmp_path / 'no.jsonl', good)}"], "no.jsonl, line 1: 'solution' is missing"),
-        (["--anchors=1", f"--demos={write(tmp_path / 'wrong.jsonl', json.dumps({'problem': '10 + 10', 'solution': 'y'}))}"],
-         "demos: all 1 demonstrations are wrong"),
-        (["--tp=2"], "tp: 2 does not divide the 1 ranks of a machine"),
-        (["--tis_cap=2", "--old_logp=rollout"], "tis_cap: 2.0 has nothing to correct"),
-        (["--old_logp=vllm"], "trainer, rollout"),
-        (["--reference=cpu"], "resident, offload, shard"),
-        (["--param_dtype=float16"], "param_dtype"),
-        (["--gpu_memory_utilization=2"], "gpu_memory_utilization"),
-        (["--compile"], "compile: needs CUDA"),
-        (["--sleep_level=3"], "sleep_level: 3 is none of 0, 1, 2"),
-        (["--profile", "--max_steps=2"], "profile: traces the second and third step"),
-        (["--resume", f"--out_dir={tmp_path}"], "no whole checkpoint"),
-        ([f"--out_dir={write(tmp_path / 'file', '')}"], "out_dir"),
-    ]
-    if importlib.util.find_spec("wandb") is None:
-        cases.append((["--wandb_project=x"], "wandb_project"))
-    pool = ThreadPoolExecutor(2)
-    refused = pool.map(lambda case: run("train.py", f"--model={model_dir}", *case[0], check=False,
-                                            HF_HUB_OFFLINE="1"), cases)
-    for (args, words), done in zip(cases, refused):
-        assert done.returncode == 2, (args, done.stdout, done.stderr)
-        assert words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
-        assert done.stderr.count("error: ") == 1 and "Loading" not in done.stderr
-    broken = tmp_path / "broken"
-    shutil.copytree(model_dir, broken)
-    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
-    cases = [
-        (["--ckpt=models/nowhere"], "models/nowhere"),
-        (["--ckpt=config"], "step_*"),
-        ([f"--ckpt={broken}"], "cannot read"),
-        ([f"--ckpt={model_dir}", "--data=nowhere"], "known sets (arithmetic, sums, aime24"),
-        ([f"--ckpt={model_dir}", f"--data={tmp_path / 'empty.jsonl'}"], "has no rows"),
-        ([f"--ckpt={model_dir}", f"--data=arithmetic,{tmp_path / 'row.jsonl'}"], "row.jsonl, line 3: 'answer' is missing"),
-        ([f"--ckpt={model_dir}", "--data=math"], "no test split"),
-        (["--n=0"], "n: 0"),
-        ([f"--ckpt={model_dir}", "--n=4"], "temperature"),
-        (["--protocol=grpo"], "nthr, dagrpo"),
-        (["--tp=2"], "tp: 2"),
-        (["--seed=-1"], "seed"),
-        (["--chkpt=x"], "'ckpt'"),
-    ]
-    refused = pool.map(lambda case: run("eval.py", *case[0], check=False, HF_HUB_OFFLINE="1"), cases)
-    for (args, words), done in zip(cases, refused):
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
-        assert "Loading" not in done.stderr
+def test_bad_input_of_a_process(run, tmp_path):
+    (tmp_path / "long").write_text(FILES["long"])
+    for script, flag in (("train.py", f"--dataset={tmp_path}/long"), ("eval.py", "--chkpt=x")):
+        done = run(script, flag, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,86 @@
+"""What a step leaves to be read: figures, measured where they arise, seconds, a line."""
+import math
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class Figures:
+    """Means, sums and maxima over a step's tokens, responses or groups, on all ranks.
+
+    A figure's key is written where it is measured. Values are tensors, numpy arrays or numbers; a
+    GPU is not waited for before `all_ranks`.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.noted = {}  # (key, kind): pairs (2,) of sum and count, or of the maximum twice
+
+    def _note(self, key, kind, values, where):
+        values, where = (
+            torch.as_tensor(x).detach().to(self.device, torch.float64, non_blocking=True)
+            for x in (values, where))
+        where = where.expand_as(values)
+        if kind == "max":
+            pair = [values.where(where > 0, -torch.inf).flatten().max()] * 2 if len(values) else []
+        else:
+            pair = [values.where(where > 0, 0).sum(), where.sum()]
+        self.noted.setdefault((key, kind), []).extend([torch.stack(pair)] if pair else [])
+
+    def mean(self, key, values, where=True):
+        self._note(key, "mean", values, where)
+
+    def sum(self, key, values, where=True):
+        self._note(key, "sum", values, where)
+
+    def max(self, key, values, where=True):
+        self._note(key, "max", values, where)
+
+    def all_ranks(self):
+        """{key: float} over all ranks, which call together; the mean of nothing is nan."""
+        mine = {}
+        for (key, kind), pairs in self.noted.items():
+            pairs = torch.stack(pairs)
+            mine[key, kind] = (pairs.amax(0) if kind == "max" else pairs.sum(0)).tolist()
+        seen, out = [None] * dist.get_world_size(), {}
+        dist.all_gather_object(seen, mine)
+        for key, kind in dict.fromkeys(name for of_rank in seen for name in of_rank):
+            pairs = [of_rank[key, kind] for of_rank in seen if (key, kind) in of_rank]
+            pair = np.max(pairs, 0) if kind == "max" else np.sum(pairs, 0)
+            count = pair[1] or math.nan
+            out[key] = float(pair[0] / count if kind == "mean" else pair[0])
+        return out
+
+
+class Clock:
+    """Seconds of a step by phase; `lap` waits for the GPU, so it stands between phases only."""
+
+    def __init__(self):
+        self.start = self.last = time.time()
+        self.seconds = {}
+
+    def lap(self, phase):
+        """The seconds since the last lap go to time/`phase`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.time()
+        self.seconds[f"time/{phase}"] = now - self.last
+        self.seconds["time/step"] = now - self.start
+        self.last = now
+
+
+# the printed line: label, key, format. All other figures are in metrics.jsonl
+LINE = (
+    ("accuracy", "reward/accuracy", ".3f"), ("groups", "rollout/groups_kept", "d"),
+    ("length", "rollout/mean_length", ".1f"), ("entropy", "train/entropy", ".3f"),
+    ("loss", "train/loss", "+.4f"), ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
+    ("rollout", "time/rollout", ".1f"), ("update", "time/update", ".1f"),
+    ("seconds", "time/step", ".1f"))
+
+
+def step_line(row):
+    """A step's figures as train.py prints them, at most 120 columns."""
+    return f"step {row['step']}: " + ", ".join(
+        f"{label} {row[key]:{form}}" for label, key, form in LINE if key in row)

@@ -1,0 +1,114 @@
+"""train.py on responses that are given instead of sampled; all the rest of it runs as it is.
+
+    updates, policy = replay(steps, "--variant=nthr", ...)
+
+test_golden.py replays fixed groups, bench/race.py the responses that TRL sampled. As a program
+(under torchrun) it runs cases of test_golden.py and prints what they come to.
+"""
+import contextlib
+import functools
+import json
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import rollout  # before torch, whose threads it sets
+
+# isort: split
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import advantages
+import model_utils
+import runs
+from data import Group
+
+
+def read_groups(rows):
+    """Groups of JSON rows: row, prompt, responses, rollout_logp, texts, reward, is_anchor."""
+    groups = []
+    for seed, r in enumerate(rows):
+        size = len(r["responses"])
+        groups.append(Group(
+            row=r["row"], prompt=np.array(r["prompt"], dtype=np.int32),
+            responses=[np.array(x, dtype=np.int32) for x in r["responses"]],
+            rollout_logp=[np.array(x, dtype=np.float32) for x in r["rollout_logp"]],
+            texts=r["texts"], truncated=np.zeros(size, dtype=bool),
+            reward=np.array(r["reward"], dtype=np.float32),
+            is_anchor=np.array(r["is_anchor"], dtype=bool),
+            score=np.full(size, np.nan, dtype=np.float32), seed=seed))
+    return groups
+
+
+@contextlib.contextmanager
+def replaced(module, **functions):
+    """Functions of a module, others for a time."""
+    before = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def replay(steps, *flags, probes=()):
+    """Run train.py with flags on the groups of every step. Returns (updates, policy).
+
+    An update: its loss over all ranks, gradient norm, the gradient at the probes (parameter, row,
+    column), and the advantages of this rank's tokens.
+    """
+    updates, upcoming = [], iter(steps)
+    loss, per_token = [0.0], []
+    given_loss, given_step = advantages.policy_loss, model_utils.optimizer_step
+
+    def sample_batch(*args, **kwargs):
+        groups = next(upcoming)
+        return groups, groups, 0, 0
+
+    @functools.wraps(given_loss)  # train.py reads which settings it takes
+    def policy_loss(logp, batch, **kwargs):
+        out = given_loss(logp, batch, **kwargs)
+        loss[0] += out.item()
+        per_token.extend(batch.advantage.tolist())
+        return out
+
+    def optimizer_step(net, optimizer, grad_clip):
+        params = {name.removeprefix("module."): p for name, p in net.named_parameters()}
+        grads = [float(model_utils.full(params[name].grad)[i, j]) for name, i, j in probes]
+        norm = given_step(net, optimizer, grad_clip)
+        total = torch.tensor(loss[0], dtype=torch.float64)
+        dist.all_reduce(total)
+        updates.append(dict(loss=total.item(), grad_norm=norm.item(), grads=grads,
+                            advantages=list(per_token)))
+        loss[0] = 0.0
+        per_token.clear()
+        return norm
+
+    def nothing(*args, **kwargs):
+        pass
+
+    sys.argv = ["train.py", f"--max_steps={len(steps)}", "--eval_every=0", *flags]
+    with (replaced(rollout, build_engine=nothing, sample_batch=sample_batch, sync_weights=nothing,
+                   sleep_engine=nothing, generate_all_ranks=lambda *args, **kwargs: steps[-1]),
+          replaced(advantages, policy_loss=policy_loss),
+          replaced(model_utils, optimizer_step=optimizer_step),
+          replaced(runs, save_checkpoint=nothing)):
+        scope = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return updates, scope["policy"]
+
+
+if __name__ == "__main__":
+    golden = json.load(open(ROOT / "tests" / "golden.json"))
+    model_utils.setup_distributed()
+    out_dir, parallel, *names = sys.argv[1:]
+    found = {}
+    for name in names:
+        found[name], _ = replay(
+            [read_groups(golden["groups"])], *golden["common"], *golden["flags"][name],
+            f"--parallel={parallel}", f"--out_dir={out_dir}", probes=golden["probes"])
+    if dist.get_rank() == 0:
+        print("REPLAYED", json.dumps(found), flush=True)
+    dist.destroy_process_group()

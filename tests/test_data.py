@@ -1,0 +1,155 @@
+"""Data sets, demonstrations and prompts, before anything is sampled."""
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import data
+from model_utils import setup_distributed
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture
+def refused(capsys):
+    def refused(words, function, *args, **kwargs):
+        with pytest.raises(SystemExit, match="2"):
+            function(*args, **kwargs)
+        assert words in capsys.readouterr().err, words
+    return refused
+
+
+@pytest.mark.parametrize("name, size", [("arithmetic", 8190), ("addition", 4095), ("sums", 4096)])
+def test_sums_are_right_and_held_out_problems_are_unseen(name, size):
+    train, test = data.load_problems(name, "train"), data.load_problems(name, "test")
+    assert len(test) == (512 if name == "addition" else 128) and len(train + test) == size
+    assert all(int(row["answer"]) == eval(row["problem"]) >= 0 for row in train + test)
+    # nor with their numbers in another order
+    assert len({tuple(sorted(row["problem"].split())) for row in train + test}) == size
+
+
+def test_data_index_visits_every_row_once_an_epoch():
+    epochs = [[data.data_index(e * 10 + i, 10, seed=3) for i in range(10)] for e in range(3)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
+    assert data.data_index(13, 10, seed=3) == epochs[1][3]  # a resume starts anywhere
+
+
+CHOICES = dict(text=["a", "b", "c"], label=["1", "2", "3"])
+OPENR1 = dict(prompt=[dict(role="system", content="S"), dict(role="user", content="P")],
+              target=[dict(content="s")], reward_model=dict(ground_truth=5))
+HUB = {  # a row of a set as the hub has it, and its problem and answer as we have them
+    "aime24": (dict(problem="P", answer="033", id=1), "P", "033"),
+    "olympiadbench": (dict(question="P", final_answer=["$69$,$84$", "3"]), "P", "$69$,$84$,3"),
+    "gsm8k": (dict(question="P", answer="He has 3 + 4 = 7.\n#### 1,007"), "P", "1,007"),
+    "arc_c": (dict(question="Q?", choices=CHOICES, answerKey="3"), "Q?\n\nA) a\nB) b\nC) c", "C"),
+    "mmlu_pro": (dict(question="Q?", options=["a", "b"], answer="B"), "Q?\n\nA) a\nB) b", "B"),
+    "math": (dict(problem="P", answer="1", solution="s", level="Level 5"), "P", "1"),
+    "openr1-math-46k-8192": (OPENR1, "P", "5"),
+}
+
+
+def test_rows_of_the_hub(monkeypatch):
+    hub = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: hub[":".join(name), split])
+    for name, (row, problem, answer) in HUB.items():
+        split = data.splits(name)[-1]
+        hub[tuple(data.SETS[name][split][1:])] = [row]
+        got, = data.load_problems(name, split)
+        assert (got["problem"], got["answer"]) == (problem, answer)
+        assert (got.get("solution") == "s") == (split == "train")
+        assert bool(got.get("n_choices")) == (name in ("arc_c", "mmlu_pro"))
+    hub[tuple(data.SETS["math"]["train"][1:])] += [dict(row, level=x) for x in (2, "Level ?")]
+    assert len(data.load_problems("math", "train")) == 1  # the others are left out
+    rows = [{"Question": "Q", "Correct Answer": f"right {i}\n"} for i in range(50)]
+    wrong = {f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)}
+    hub[tuple(data.SETS["gpqa_diamond"]["test"][1:])] = [row | wrong for row in rows]
+    got = data.load_problems("gpqa_diamond", "test")  # shuffled
+    assert {r["answer"] for r in got} == set("ABCD")
+    assert all(f"{r['answer']}) right {i}" in r["problem"] for i, r in enumerate(got))
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the problem sets in ../shared/data")
+def test_sets_of_a_folder():
+    for name, size in dict(aime24=30, amc83=83, olympiadbench=675, gsm8k=1319, arc_c=1172).items():
+        assert len(data.load_problems(name, "test", data_dir=str(DATA))) == size
+    train = data.load_problems(str(DATA / "aime_1983_2023.jsonl"), "train")
+    kept, dropped = data.drop_evaluated(train, "aime_1983_2023.jsonl", str(DATA), [])
+    assert dropped == 4 == len(train) - len(kept)  # the four that are in MATH-500
+
+
+def test_training_problems_that_are_evaluated_are_dropped():
+    rows, seen = [dict(problem="Find  $x$."), dict(problem="b")], [dict(problem="find\n$X$.")]
+    assert data.drop_evaluated(rows, "mine.jsonl", None, seen) == (rows[1:], 1)
+
+
+def test_malformed_files_are_refused(tmp_path, refused):
+    path, good = tmp_path / "rows.jsonl", '\ufeff{"problem": "a", "answer": 1}\n\n'
+    for line, words in (
+        ("{", "not a JSON object"), ("[1]", "not a JSON object"), ("[]", "'problem' is missing"),
+        ('{"problem": "b"}', "'answer' is missing"), ('{"problem": "\\ud800"}', "'problem'"),
+        ('{"problem": 3, "answer": "1"}', "'problem'"), ('{"problem": " "}', "'problem'"),
+        ('{"problem": "½"}', "not a JSON object in UTF-8"),
+    ):
+        path.write_bytes(good.encode() + line.encode("latin-1"))
+        refused(f"line 3: {words}", data.load_problems, str(path), "test")
+    path.write_text(good)
+    assert data.load_problems(str(path), "test") == [dict(problem="a", answer="1")]
+
+
+def test_demonstrations_of_a_file_and_of_a_set(tmp_path, refused):
+    rows = [{"problem": f"{i} + {i}", "answer": str(2 * i)} for i in range(4)]
+    pairs = ("1+1", "a"), (" 1 + 1", "b"), ("3 + 3", "c"), ("7 + 7", "d")
+    path = tmp_path / "demos.jsonl"
+    path.write_text("\n".join(json.dumps(dict(problem=p, solution=s)) for p, s in pairs))
+    assert data.load_demos(rows, "x", str(path)) == [[], ["a", "b"], [], ["c"]]
+    own = [r | {"solution": "s"} for r in rows[:2]] + [rows[2] | {"solution": None}]
+    assert data.load_demos(own, "x") == [["s"], ["s"], []]
+    for args in ((rows, "x"), (rows[:1], "x", str(path))):
+        refused("demos: no problem of x has a solution", data.load_demos, *args)
+
+
+def test_a_problem_gets_its_first_right_and_short_demonstration(model_dir, refused):
+    setup_distributed()
+    tok = AutoTokenizer.from_pretrained(model_dir)
+    rows = [dict(problem=p, answer="2") for p in "abc"]
+    prompts = data.encode_prompts(tok, rows, "x")
+    long, short, wrong = "so " * 50 + "\\boxed{2}", "\\boxed{2}", "\\boxed{3}"
+    demos = [[wrong, long, short, "2 \\boxed{2}"], [long], [wrong]]
+    data.verify_demos(tok, rows, prompts, demos, 20, 2)
+    assert [(r["solution"], r["anchor"]) for r in rows] == [(short, 1), (long, 0), (None, 0)]
+    refused("all 1 demonstrations", data.verify_demos, tok, rows[2:], prompts[2:], demos[2:], 20, 2)
+
+
+def test_an_anchor_is_what_the_template_writes(model_dir):
+    tok = AutoTokenizer.from_pretrained(model_dir)
+    end = data.end_token(tok, model_dir)
+    row, = data.load_problems("sums", "train")[:1]
+    prompt, = data.encode_prompts(tok, [row], "sums")
+    ids = data.encode_anchor(tok, prompt, row["solution"], end)
+    whole = tok(tok.decode(prompt) + row["solution"] + "<|im_end|>")["input_ids"]
+    assert [*prompt, *ids] == whole and ids[-1] == tok.eos_token_id == end
+    think = np.append(prompt, tok("<think>\n")["input_ids"])  # a template that opens the reasoning
+    anchor = data.encode_anchor(tok, think, "<think>\n1 + 1</think> 2", end)
+    assert anchor.tolist() == tok("1 + 1</think> 2")["input_ids"] + [end]
+
+
+def test_prompts_with_and_without_a_chat_template(model_dir, refused):
+    tok = AutoTokenizer.from_pretrained(model_dir)
+    rows = [{"problem": "12 + 34", "answer": "46"}]
+    ids = data.encode_prompts(tok, rows, "some.jsonl")[0]
+    assert ids.dtype == np.int32 and tok.decode(ids) == (
+        f"<|im_start|>system\n{data.BOXED['system_prompt']}<|im_end|>\n"
+        "<|im_start|>user\n12 + 34<|im_end|>\n<|im_start|>assistant\n")
+    text = tok.decode(data.encode_prompts(tok, rows, "addition", system_prompt="Be brief.")[0])
+    assert "Be brief." in text and text.count("\\boxed{") == 2
+    lettered = tok.decode(data.encode_prompts(tok, [rows[0] | dict(n_choices=4)], "x.jsonl")[0])
+    assert data.CHOICE["system_prompt"] in lettered
+    for few_shot in (5, "ab", ((1, 2),), (("q",),)):
+        refused("few_shot: ", data.encode_prompts, tok, rows, "x", few_shot=few_shot)
+    refused("x, problem 2: ", data.check_lengths, [ids[:9], ids], 20, 40, "x")
+    tok.chat_template = None
+    plain = data.encode_prompts(tok, rows, "x", system_prompt="", few_shot=[("1 + 1", "2")])[0]
+    assert tok.decode(plain) == "Question: 1 + 1\n\nAnswer: 2\n\nQuestion: 12 + 34\n\nAnswer:"

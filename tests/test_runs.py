@@ -1,0 +1,110 @@
+"""A run's folder, its figures and curves, and the memory it is estimated to take."""
+import math
+import os
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_model_utils import make_group
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+import memory
+import runs
+from figures import Figures
+from model_utils import Policy, pack
+from plot import plot_curves
+
+
+def over_ranks(monkeypatch, *figures):
+    """What the last of several ranks is told by Figures.all_ranks, after all others."""
+    seen = []
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(figures))
+    monkeypatch.setattr(torch.distributed, "all_gather_object",
+                        lambda out, mine: (seen.append(mine), out.clear(), out.extend(seen)))
+    return [of_rank.all_ranks() for of_rank in figures][-1]
+
+
+def test_figures_over_ranks(monkeypatch):
+    ranks, some = [Figures("cpu") for _ in range(4)], torch.tensor([True, False, True])
+    ranks[0].mean("mean", torch.tensor([1.0, math.nan, 2.0]), where=some)
+    ranks[1].mean("mean", np.array([3, 6]))
+    ranks[2].mean("nothing", torch.zeros(0), where=torch.zeros(0) > 0)
+    for figures, x in zip(ranks[:3], (-7.0, -3.0, -5.0)):
+        figures.sum("sum", torch.tensor([x, math.inf, 0.5]), where=some)
+        figures.max("max", torch.tensor([x, 0.0, x - 1]), where=some)
+    ranks[3].max("max", torch.zeros(0))  # a rank with nothing but fillers
+    assert over_ranks(monkeypatch, *ranks) == pytest.approx(
+        {"mean": 3.0, "nothing": math.nan, "sum": -13.5, "max": -3.0}, nan_ok=True)
+
+
+def fake_checkpoint(out_dir, step):
+    path = out_dir / f"step_{step:06d}"
+    path.mkdir()
+    torch.save({0: {"exp_avg": torch.ones(3)}}, path / "optimizer.pt")
+    save_file({"w": torch.ones(3)}, path / "model.safetensors")
+    runs.write_json(f"{path}/run_config.json", dict(lr=1))
+    sizes = {name: os.path.getsize(path / name) for name in os.listdir(path)}
+    runs.write_json(f"{path}/trainer_state.json", dict(step=step, position=9, files=sizes))
+    return path
+
+
+def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys):
+    paths = [fake_checkpoint(tmp_path, s) for s in range(6)]
+    (tmp_path / "step_000007.tmp").mkdir()  # a write that never ended is no checkpoint
+    assert runs.newest_checkpoint(tmp_path) == (str(paths[5]), runs.check_checkpoint(paths[5]))
+    os.truncate(paths[5] / "model.safetensors", 40)
+    (paths[4] / "optimizer.pt").unlink()
+    (paths[3] / "trainer_state.json").write_text('{"step": ')
+    for path, old, new in ((paths[2] / "run_config.json", b"{", b"x"),  # files as long as they were
+                           (paths[1] / "optimizer.pt", b"\0\0\x80\x3f", b"\0\0\x80\x40")):
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+    path = str(paths[0])
+    runs.prune(tmp_path, path, 1)  # saved after a resume from it: whole, so it stays
+    assert runs.newest_checkpoint(tmp_path)[0] == path
+    assert capsys.readouterr().out.count("warning: ") == 5
+    runs.prune(tmp_path, str(paths[2]), 2)
+    assert runs.checkpoints(tmp_path) == [str(p) for p in paths[:0:-1]]
+
+
+def test_open_run_loses_nothing(tmp_path):
+    out = tmp_path / "run[1]"
+    runs.open_run(str(out), dict(lr=1))
+    path, log, metrics = fake_checkpoint(out, 2), runs.open_log(out, {}), out / "metrics.jsonl"
+    for step, key, x in ((0, "eval/accuracy", 1), (1, "x", math.nan), (2, "x", math.inf),
+                         (2, "eval/accuracy", 2), (3, "train/entropy", 3)):
+        log({"step": step, key: x})
+    before = metrics.read_text() + '{"step": 4, "x"'
+    metrics.write_text(before)
+    runs.open_run(str(out), dict(lr=2), (path, dict(step=2)))
+    assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
+    assert [r.get("x", 7) for r in runs.read_metrics(out)] == [7, None, None]  # JSON has no nan
+    plot_curves(out)
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "old_1" / "metrics.jsonl").read_text() == before
+    assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
+    runs.open_run(str(out), dict(lr=2))
+    assert {*os.listdir(out)} == {"old_1", "old_2", "run_config.json"}
+    assert len(os.listdir(out / "old_2")) == 5  # two logs, curves, config, checkpoint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, monkeypatch):
+    for config in (AutoConfig.from_pretrained(model_dir, num_hidden_layers=4), Qwen2Config(
+            hidden_size=384, intermediate_size=2048, num_attention_heads=6, num_hidden_layers=4,
+            num_key_value_heads=2, vocab_size=999, tie_word_embeddings=True)):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").float()
+        kept = {}, {}  # addresses: tensors; the weights are in both
+        for n, found in zip((300, 600), kept):
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda x: found.update({x.untyped_storage().data_ptr(): x}), lambda x: x):
+                Policy(model, dtype)(pack([make_group([3], [np.arange(n) % 99])]), 1.0)
+        less, more = (sum(x.untyped_storage().nbytes() for x in y.values()) for y in kept)
+        got = memory.estimate_memory(config, compute_bytes=dtype.itemsize, tokens=2**20)
+        assert got["activations"] * 2**10 == pytest.approx((more - less) / 300, rel=0.15)
+        assert got["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(total_memory=23 << 30))
+    assert memory.vllm_share(0, dict(held=10, peak=15)) == 10 / 23
+    with pytest.raises(SystemExit, match="2"):
+        memory.vllm_share(0, dict(held=19.5, peak=19.6))
