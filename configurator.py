@@ -147,14 +147,16 @@ def settings_for(function, config):
     return {key: config[key] for key in inspect.signature(function).parameters if key in config}
 
 
-def check(settings, known, above_zero=(), not_negative=(), whole=(), infinite=(), text=(),
-          text_or_none=()):
+def check(settings, known, above_zero="", not_negative="", whole="", infinite="", text="",
+          text_or_none=""):
     """End the program if a setting has a value that no run can use.
 
     known: {key: a tuple of the values it may have, or a list of those that the setting, a tuple,
-    may hold}; the type float among them stands for any number. above_zero, not_negative: keys of
-    numbers; whole: of counts or None; infinite: of numbers that may be so, nan none may be.
+    may hold}; the type float among them stands for any number. The others are keys, with spaces
+    between: of numbers; counts or None; numbers that may be infinite (none may be nan); texts.
     """
+    above_zero, not_negative, whole, infinite, text, text_or_none = (
+        keys.split() for keys in (above_zero, not_negative, whole, infinite, text, text_or_none))
     for key, values in known.items():
         for value in settings[key] if isinstance(values, list) else (settings[key],):
             is_number = float in values and type(value) in (int, float)
@@ -172,7 +174,7 @@ def check(settings, known, above_zero=(), not_negative=(), whole=(), infinite=()
         if key in whole and value is not None and not (type(value) is int and value > 0):
             die(f"{key}: {value!r} is not a positive whole number")
         may_be_none = key in text_or_none and value is None
-        if key in (*text, *text_or_none) and not isinstance(value, str) and not may_be_none:
+        if key in text + text_or_none and not isinstance(value, str) and not may_be_none:
             die(f"{key}: {value!r} is not a text")
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if key == "tp" and ranks % value:

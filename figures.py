@@ -22,12 +22,13 @@ class Figures:
         values, where = (
             torch.as_tensor(x).detach().to(self.device, torch.float64, non_blocking=True)
             for x in (values, where))
-        where = where.expand_as(values)
+        where = where.expand_as(values) > 0
         if kind == "max":
-            pair = [values.where(where > 0, -torch.inf).flatten().max()] * 2 if len(values) else []
+            lowest = values.new_full((1,), -torch.inf)  # for fillers, which have no values
+            pair = torch.cat([lowest, values[None].where(where, lowest).flatten()]).max().expand(2)
         else:
-            pair = [values.where(where > 0, 0).sum(), where.sum()]
-        self.noted.setdefault((key, kind), []).extend([torch.stack(pair)] if pair else [])
+            pair = torch.stack([values.where(where, 0).sum(), where.sum()])
+        self.noted.setdefault((key, kind), []).append(pair)
 
     def mean(self, key, values, where=True):
         self._note(key, "mean", values, where)
@@ -75,9 +76,9 @@ class Clock:
 LINE = (
     ("accuracy", "reward/accuracy", ".3f"), ("groups", "rollout/groups_kept", "d"),
     ("length", "rollout/mean_length", ".1f"), ("entropy", "train/entropy", ".3f"),
-    ("loss", "train/loss", "+.4f"), ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
+    ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
     ("rollout", "time/rollout", ".1f"), ("update", "time/update", ".1f"),
-    ("seconds", "time/step", ".1f"))
+    ("step", "time/step", ".1f"))
 
 
 def step_line(row):

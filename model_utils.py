@@ -246,23 +246,23 @@ def pack(groups):
     sizes = [n for _, n in segments]
     segment = [(np.full(n, s), np.full(n, parent)) for s, (parent, n) in enumerate(segments)]
     return MicroBatch(
-        input_ids=joined(ids, torch.int64)[None],
-        position_ids=joined(positions, torch.int64)[None],
-        predicts=joined(predicts, torch.int64),
-        targets=joined([r for g in groups for r in g.responses], torch.int64),
-        response=joined([np.repeat(np.arange(len(lengths)), lengths)], torch.int64),
+        input_ids=joined(ids)[None],
+        position_ids=joined(positions)[None],
+        predicts=joined(predicts),
+        targets=joined([r for g in groups for r in g.responses]),
+        response=joined([np.repeat(np.arange(len(lengths)), lengths)]),
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
         weight=joined([np.full(sum(g.lengths), g.weight) for g in groups], torch.float32),
         is_anchor=joined([np.repeat(anchor, lengths)], torch.bool),
         correct=joined([(reward == 1) & ~anchor], torch.bool),
-        kv_index=joined(keys, torch.int64),
+        kv_index=joined(keys),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),
         max_q=max(sizes), max_k=max(map(len, keys)), prefix=prefix, spans=spans,
         segment=torch.stack([joined(x, torch.int32) for x in zip(*segment)]))
 
 
-def joined(arrays, dtype):
+def joined(arrays, dtype=torch.int64):
     """Arrays, of which there may be none, one after the other as a tensor."""
     return torch.from_numpy(np.concatenate([[], *arrays])).to(dtype)
 

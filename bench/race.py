@@ -186,8 +186,7 @@ def prepare():
 
     steps: what train.py can do at most without the problems that are kept fresh.
     """
-    check(config, {}, above_zero=("prompts", "max_response_tokens", "held_out", "fresh",
-                                  "trl_batch"))
+    check(config, {}, above_zero="prompts max_response_tokens held_out fresh trl_batch")
     if steps < 2:
         die(f"steps: {steps} is too small; the first one is told apart")
     if not os.path.isfile(trl_python):

@@ -80,9 +80,9 @@ def test_help_and_settings_for_a_function(capsys):
 
 GOOD = dict(rate=0.1, bound=math.inf, steps=0, seed=0, eta=3, kinds=("a",), name="x", other=None,
             count=None, tp=1, adam_betas=(0, 0.9), gpu_memory_utilization=0.5)
-ARGS = dict(known=dict(eta=(None, "p", float), kinds=["a", "b"]), above_zero=("rate",),
-            not_negative=("steps", "seed"), whole=("count",), infinite=("bound",), text=("name",),
-            text_or_none=("other",))
+ARGS = dict(known=dict(eta=(None, "p", float), kinds=["a", "b"]), above_zero="rate",
+            not_negative="steps seed", whole="count", infinite="bound", text="name",
+            text_or_none="other")
 
 
 @pytest.mark.parametrize("key, value, words", [

@@ -1,5 +1,6 @@
 """What the README promises of a new variant: its own diff, applied to a copy, trains."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# what other tests of this process have set
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_a_variant_in_ten_lines(tmp_path, model_dir):
@@ -19,15 +22,16 @@ def test_a_variant_in_ten_lines(tmp_path, model_dir):
         copy(path, tmp_path / path.name)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     variant = re.search(r'variant == "(\w+)"', diff)[1]
+    clean = {k: v for k, v in os.environ.items() if k not in RANKS}
     done = subprocess.run(
         [sys.executable, "train.py", "config/quickstart.py", f"--variant={variant}",
          f"--model={model_dir}", "--max_steps=1", "--eval_every=0", "--eval_problems=2",
          "--prompts_per_step=8", "--prompts_per_update=8", "--out_dir=out"],
-        cwd=tmp_path, capture_output=True, text=True)
+        cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr[-3000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["train/grad_norm"] > 0 and row["rollout/groups_kept"] > 0
     # the same on a copy without the diff is refused
     done = subprocess.run([sys.executable, "train.py", f"--variant={variant}"], cwd=ROOT,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=clean)
     assert done.returncode == 2 and f"'{variant}' is none of grpo" in done.stderr

@@ -135,22 +135,6 @@ def test_two_ranks(run, tmp_path):
     assert weights(near, 1).keys() == weights(near, 2).keys() >= {"model.norm.weight"}
 
 
-def test_a_step_does_not_depend_on_what_is_computed_together(run, tmp_path):
-    """NTHR with whole groups, and with cut ones and (for a tiny KL term) those of one outcome."""
-    found = []
-    for budget, kl_coef in ((10_000, 0), (150, 1e-12)):
-        out = tmp_path / str(budget)
-        run("train.py", *SMALL, "--variant=nthr", "--prompts_per_step=8", "--prompts_per_update=8",
-            f"--tokens_per_micro_batch={budget}", f"--kl_coef={kl_coef}", f"--out_dir={out}",
-            "--dynamic_sampling=False", "--eval_every=0", "--max_steps=1")
-        found += steps(out)
-    few, every = found
-    assert 0 < few["train/tokens"] < every["train/tokens"] == every["rollout/response_tokens"]
-    assert few["train/grad_norm"] > 0 and few["nthr/eta"] > 0
-    for key in ("train/loss", "train/grad_norm", "nthr/tau", "nthr/s_selected"):
-        assert every[key] == pytest.approx(few[key], rel=1e-3, abs=1e-6), key
-
-
 # bad input, refused before anything is loaded
 GOOD = '{"problem": "1 + 1", "answer": "2"}\n'
 FILES = {"empty": "", "good": GOOD, "long": GOOD + GOOD.replace("1 +", "1 + " * 9000),
@@ -166,7 +150,7 @@ train.py --model=models/nowhere                  models/nowhere
 train.py --prompts_per_update=3                  prompts_per_update
 train.py --nthr_beta=inf                         nthr_beta
 train.py --max_response_tokens=100000            context
-train.py --variant=dagrpo                        no 'solution'
+train.py --variant=dagrpo                        has a solution
 train.py --delta=9.5                             delta: 9.5
 train.py --judge=gpt-4o                          rubric, self and an address
 train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
@@ -178,7 +162,7 @@ train.py --tp=2                                  tp: 2 does not divide the 1 ran
 train.py --resume --out_dir=DIR                  no whole checkpoint
 train.py --out_dir=DIR/empty                     out_dir
 eval.py --ckpt=DIR                               neither a whole model
-eval.py --ckpt=MODEL --data=arithmetic,nowhere   known sets, ['arithmetic', 'addition'
+eval.py --ckpt=MODEL --data=arithmetic,nowhere   'nowhere' is neither a file
 eval.py --chkpt=x                                'ckpt'"""
 
 
