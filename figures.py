@@ -77,8 +77,7 @@ LINE = (
     ("accuracy", "reward/accuracy", ".3f"), ("groups", "rollout/groups_kept", "d"),
     ("length", "rollout/mean_length", ".1f"), ("entropy", "train/entropy", ".3f"),
     ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
-    ("rollout", "time/rollout", ".1f"), ("update", "time/update", ".1f"),
-    ("step", "time/step", ".1f"))
+    ("update", "time/update", ".1f"), ("step", "time/step", ".1f"))
 
 
 def step_line(row):

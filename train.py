@@ -227,6 +227,12 @@ of_variant = settings_for(token_advantages, config)
 of_loss = settings_for(policy_loss, config)
 
 
+def head_for_scores():
+    """The LM head (V, d), whole, for variants whose scores need it: of the weights as they are."""
+    if variant in advantages.SCORED:
+        return model_utils.full(policy.model.get_output_embeddings().weight.detach())
+
+
 def ask_old_policy(unit, outs, head, figures):
     """Set old_logp and advantage (n,) of a unit's micro-batches.
 
@@ -348,16 +354,14 @@ while True:
 
     # ---- old policy: later updates, and groups that are cut, take a pass before the weights move;
     # of the others their training pass says the same
-    head = None
-    if variant in advantages.SCORED:
-        head = model_utils.full(policy.model.get_output_embeddings().weight.detach())  # (V, d)
+    units, head = sum(updates, []), head_for_scores()
     with torch.no_grad():
-        for unit in sum(updates, []):
+        for unit in units:
             if unit.early:
                 ask_old_policy(unit, [net(b, temperature) for b in unit.batches], head, figures)
-            if ref is not None:
-                for batch in unit.batches:
-                    batch.ref_logp, *_ = ref(batch, temperature)
+        # FSDP wants the passes of the two models in the same order on all ranks: these are last
+        for batch in [batch for unit in units for batch in unit.batches if ref is not None]:
+            batch.ref_logp, *_ = ref(batch, temperature)
     clock.lap("old_policy")
 
     # ---- update
@@ -384,7 +388,7 @@ while True:
                     figures.mean("displacement/fell", moved < 0, where=batch.correct)
         figures.mean("train/grad_norm", model_utils.optimizer_step(net, optimizer, grad_clip))
     # vLLM wants the room
-    updates = update = unit = batch = out = logp = entropy = loss = head = None
+    updates = update = units = unit = batch = out = logp = entropy = loss = head = None
     clock.lap("update")
 
     # ---- sync

@@ -107,7 +107,7 @@ def test_units_keep_order_and_budget(budget):
 
 
 def test_layout_and_common_prefix_by_hand():
-    anchor = dict(reward=[0, 1], is_anchor=np.array([True, False]), weight=0.5)
+    anchor = dict(reward=[1, 1], is_anchor=np.array([True, False]), weight=0.5)
     b = pack([make_group([7, 8, 9], [[1, 2], [3]], **anchor), make_group([7, 8, 6], [[4]])])
     assert b.rollout_logp.tolist() == [-1, -2, -3, -4] and b.weight.tolist() == [0.5, 0.5, 0.5, 0]
     assert b.is_anchor.tolist() == [1, 1, 0, 0] and b.correct.tolist() == [0, 1, 0]
