@@ -1,7 +1,7 @@
 """A run's folder, its figures and curves, and the memory it is estimated to take."""
 import math
 import os
-from unittest.mock import Mock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +104,8 @@ def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, 
         got = memory.estimate_memory(config, compute_bytes=dtype.itemsize, tokens=2**20)
         assert got["activations"] * 2**10 == pytest.approx((more - less) / 300, rel=0.15)
         assert got["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Mock(total_memory=23 << 30))
+    card = SimpleNamespace(total_memory=23 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert memory.vllm_share(0, dict(held=10, peak=15)) == 10 / 23
     with pytest.raises(SystemExit, match="2"):
         memory.vllm_share(0, dict(held=19.5, peak=19.6))
