@@ -1,6 +1,6 @@
 # Each of these sets up first, once.
 #
-# make quickstart     train SmolLM2-135M-Instruct on arithmetic: out/quickstart/
+# make quickstart     train SmolLM2-135M-Instruct on sums: out/quickstart/
 # make dagrpo         train with a judge, and worked solutions as anchors: out/dagrpo_quickstart/
 # make lld            measure Lazy Likelihood Displacement: out/lld/
 # make test           run the tests

@@ -225,10 +225,9 @@ def pack(groups):
         segments.append((len(segments) if parent is None else parent, len(tokens)))
         return keys[-1]
 
-    nothing = np.zeros(0, dtype=np.int64)
-    before = nothing
+    before = np.zeros(0, dtype=np.int64)
     if prefix:
-        before = add(groups[0].prompt[:prefix], nothing, None)
+        before = add(groups[0].prompt[:prefix], before, None)
         spans.append((0, prefix))
     for group in groups:
         root = len(segments)

@@ -19,7 +19,7 @@ from functools import partial
 # rank's share of the cores, where torchrun would give every rank one; and none that spins for
 # long, since torch and vLLM take turns.
 _ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
-if os.environ.get("OMP_NUM_THREADS") in (None, "1"):
+if "OMP_NUM_THREADS" not in os.environ or _ranks > 1 and os.environ["OMP_NUM_THREADS"] == "1":
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // _ranks))
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

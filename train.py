@@ -93,7 +93,7 @@ compute_dtype = "auto"        # of matrix products; "auto": bfloat16 on CUDA, fl
 activation_checkpointing = False  # compute activations again in the backward pass
 compile = False               # torch.compile the layers (CUDA)
 # watching and saving
-eval_every = 10               # steps; greedy accuracy, also at step 0 and the last; 0: never
+eval_every = 10               # steps; greedy accuracy, from step 0 on; 0: after the last one only
 ckpt_every = 0                # steps; 0: before every evaluation. There is always one at the end
 keep_ckpts = 2                # newest checkpoints kept
 samples_per_step = 16         # responses a step written to samples.jsonl
