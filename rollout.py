@@ -85,7 +85,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
 RAW = dict(logprobs=0, flat_logprobs=True, detokenize=False)  # the sampled token's logp, no text
 
 
-def make_groups(tokenizer, rows, prompts, outputs, seeds, progress=False):
+def make_groups(tokenizer, rows, prompts, outputs, seeds):
     """Graded groups of vLLM's finished outputs, a list of CompletionOutputs per row."""
     groups = []
     for row, prompt, outs, seed in zip(rows, prompts, outputs, seeds):
@@ -100,9 +100,8 @@ def make_groups(tokenizer, rows, prompts, outputs, seeds, progress=False):
             score=np.full(len(outs), np.nan, dtype=np.float32),
             seed=seed))
     # a response that was cut off is incorrect, whatever is in it
-    answers = [("" if is_cut else text, g.row)
-               for g in groups for text, is_cut in zip(g.texts, g.truncated)]
-    correct = iter(grade_all(answers, progress))
+    correct = iter(grade_all([("" if is_cut else text, g.row) for g in groups
+                              for text, is_cut in zip(g.texts, g.truncated)]))
     for g in groups:
         g.reward[:] = [next(correct) for _ in g.texts]
     return groups
@@ -124,7 +123,6 @@ def rollout_figures(groups, sampled, wasted):
         return [n for g in groups for n, is_anchor in zip(g.lengths, g.is_anchor) if not is_anchor]
 
     tokens, kept = lengths(sampled), sum(lengths(groups))
-    truncated = [x for g in sampled for x in g.truncated[~g.is_anchor]]
     row = {
         "reward/accuracy": accuracy(sampled),
         "reward/mean": accuracy(groups),  # of those trained on
@@ -134,7 +132,8 @@ def rollout_figures(groups, sampled, wasted):
         "rollout/tokens_dropped": sum(tokens) - kept,
         "rollout/tokens_wasted": wasted,
         "rollout/mean_length": float(np.mean(tokens)),
-        "rollout/truncated": float(np.mean(truncated)),
+        "rollout/truncated": float(np.mean(np.concatenate(
+            [g.truncated[~g.is_anchor] for g in sampled]))),
     }
     if any(g.is_anchor.any() for g in groups):
         row["anchor/groups"] = sum(int(g.is_anchor.any()) for g in groups)
@@ -144,44 +143,23 @@ def rollout_figures(groups, sampled, wasted):
 
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
                        top_p=1.0, tp=1, seed=0, progress=False):
-    """n graded responses to every problem: a Group each, in their order, the same on all ranks.
+    """n graded responses to every problem: a Group each, in their order, the same on all ranks."""
+    groups, *_ = sample_batch(
+        engine, tokenizer, problems, prompts, 0, seed=seed, prompts_per_step=len(problems),
+        group_size=n, temperature=temperature, max_response_tokens=max_response_tokens,
+        top_p=top_p, oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False,
+        tp=tp, progress=progress)
+    return groups
 
-    The problems are dealt over the engines. A response depends on seed, the problem's place and
-    its own number; temperature 0 is greedy.
-    """
-    from vllm import SamplingParams
-
-    engines = dist.get_world_size() // tp
-    mine = range(dist.get_rank() // tp, len(problems), engines)
-    groups = []
-    if mine:
-        engine.reset_prefix_cache()  # never another policy's keys and values
-        # vLLM counts a request's n seeds on from its own: places are kept apart
-        seeds = [(seed * 1_000_003 + i) % 2**47 * 2**16 for i in mine]
-        params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, seed=s,
-                                 max_tokens=max_response_tokens, **RAW) for s in seeds]
-        show = progress and is_rank0()
-        results = engine.generate([{"prompt_token_ids": prompts[i].tolist()} for i in mine], params,
-                                  use_tqdm=partial(tqdm, leave=False) if show else False)
-        outputs = [sorted(r.outputs, key=lambda o: o.index) for r in results]
-        groups = make_groups(tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
-                             outputs, seeds, show)
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, groups)
-    return [shares[i % engines * tp][i // engines] for i in range(len(problems))]
-
-
-# --------------------------------------------------------------------------------------------------
-# dynamic sampling
 
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
 OPEN, DROPPED, ACCEPTED = 0, 1, 2
 
 
 def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompts_per_step,
-                 group_size, temperature, max_response_tokens, oversample=1.0, max_rounds=8,
-                 dynamic_sampling=True, tp=1, anchors=0, anchor_mode="replace",
-                 anchor_hard_only=False, end=None):
+                 group_size, temperature, max_response_tokens, top_p=1.0, oversample=1.0,
+                 max_rounds=8, dynamic_sampling=True, shuffle=True, tp=1, anchors=0,
+                 anchor_mode="replace", anchor_hard_only=False, end=None, progress=False):
     """Groups of graded responses until `prompts_per_step` of them have both outcomes ([DAPO]).
 
     Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
@@ -191,11 +169,11 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     accepted and nothing before them is open, the rest is aborted. The position stops behind the
     last one accepted; prompts beyond it, sampled in vain, are met again. After max_rounds x
     prompts_per_step prompts: what there is. Without dynamic_sampling every group is accepted.
+    A response depends on seed, its prompt's position and its own number. Temperature 0 is greedy.
 
     anchors: a demonstration joins every group whose problem has one (row["anchor"],
     data.verify_demos) in place of a rollout or as one more (anchor_mode), or only groups without a
-    correct rollout (anchor_hard_only), before the group is accepted or not. end: data.end_token,
-    for them.
+    correct rollout (anchor_hard_only), before the group is accepted or not. end: data.end_token.
 
     All ranks call together and get the same: (accepted groups, all groups looked at, new position,
     tokens sampled in vain).
@@ -208,84 +186,83 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     grades = dist.get_rank() % tp == 0  # all ranks of an engine have its outputs, the first grades
     room = engines * (core.vllm_config.scheduler_config.max_num_seqs // group_size + 1)
     max_prompts = int(max_rounds * prompts_per_step)
-    order = [data_index(position + i, len(problems), seed) for i in range(max_prompts)]
-    seeds = [hash((seed, position + i)) % 2**31 for i in range(max_prompts)]
+    order = range(max_prompts)
+    if shuffle:
+        order = [data_index(position + i, len(problems), seed) for i in order]
+    # vLLM counts a request's seeds on from the first: prompts are kept apart
+    seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]
     joins = [bool(anchors and problems[p]["anchor"]) for p in order]
     # the rollout that a demonstration replaces in any case need not be sampled
     replaced = anchor_mode == "replace" and not anchor_hard_only
-    rollouts = [group_size - (replaced and j) for j in joins]
-    sampling = partial(SamplingParams, temperature=temperature, max_tokens=max_response_tokens,
-                       output_kind=RequestOutputKind.FINAL_ONLY, **RAW)
+    sampling = partial(SamplingParams, temperature=temperature, top_p=top_p, **RAW,
+                       max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
 
-    def grade(numbers):
-        made = make_groups(tokenizer, [problems[order[i]] for i in numbers],
-                           [prompts[order[i]] for i in numbers],
-                           [[outputs[i][k] for k in range(rollouts[i])] for i in numbers],
-                           [seeds[i] for i in numbers])
-        for i, group in zip(numbers, made):
+    def grade(outputs):
+        groups = make_groups(tokenizer, [problems[order[i]] for i in outputs],
+                             [prompts[order[i]] for i in outputs], outputs.values(),
+                             [seeds[i] for i in outputs])
+        for at, (i, group) in enumerate(zip(outputs, groups)):
             if joins[i] and not (anchor_hard_only and group.reward.any()):
                 ids = encode_anchor(tokenizer, group.prompt, group.row["solution"], end)
-                group = with_anchor(group, ids, replace=len(group.responses) == group_size
-                                    and anchor_mode == "replace")
-            graded[i] = group
-        return numbers
+                full_group = len(group.responses) == group_size
+                groups[at] = with_anchor(group, ids, full_group and anchor_mode == "replace")
+        return zip(outputs, groups)
 
-    owner = []                                          # the engine of every prompt issued
-    state = torch.zeros(max_prompts, dtype=torch.int8)  # of every prompt, the same on all ranks
-    outputs, graded = {}, {}                            # of this engine's prompts
-    finished, grading = [], None                        # to be graded; a future of some more
-    engine.reset_prefix_cache()                         # never another policy's keys and values
-    with ThreadPoolExecutor(1) as grader:               # grades while the engine goes on
+    owner = []                              # the engine of every prompt issued
+    state = np.zeros(max_prompts, np.int8)  # of every prompt, the same on all ranks
+    requests, tokens, graded = {}, {}, {}   # of this engine's prompts: vLLM's name, tokens, group
+    finished, grading = {}, []              # outputs by prompt, then futures of their groups
+    engine.reset_prefix_cache()             # never another policy's keys and values
+    bar = tqdm(total=max_prompts, desc="prompts", leave=False, disable=not progress)
+    with ThreadPoolExecutor(1) as grader:   # grades while the engine goes on
         while True:
             # enough?
-            is_open = np.flatnonzero(state[:len(owner)].numpy() == OPEN)
+            is_open = np.flatnonzero(state[:len(owner)] == OPEN)
             closed = int(is_open[0]) if len(is_open) else len(owner)  # nothing before it is open
-            accepted = np.flatnonzero(state[:closed].numpy() == ACCEPTED)[:prompts_per_step]
+            accepted = np.flatnonzero(state[:closed] == ACCEPTED)[:prompts_per_step]
+            bar.update(closed - bar.n)
             if len(accepted) == prompts_per_step or closed == max_prompts:
                 break
             # issue prompts, each to the engine with the fewest
-            missing = prompts_per_step - int((state == ACCEPTED).sum())
-            more = math.ceil(min(oversample * missing, room)) - len(is_open)
+            missing = prompts_per_step - np.count_nonzero(state == ACCEPTED)
+            wanted = math.ceil(min(oversample * missing, room)) if missing > 0 else 0
             load = np.bincount([owner[i] for i in is_open], minlength=engines)
-            for i in range(len(owner), min(max_prompts, len(owner) + more)):
+            for i in range(len(owner), min(max_prompts, len(owner) + wanted - len(is_open))):
                 owner.append(int(load.argmin()))
                 load[owner[i]] += 1
                 if owner[i] == mine:
-                    outputs[i] = {}
                     ids = {"type": "token", "prompt_token_ids": prompts[order[i]].tolist()}
-                    for k in range(rollouts[i]):
-                        params = sampling(seed=hash((seeds[i], k)) % 2**31)
-                        core.add_request(f"{i}/{k}", ids, params)
+                    params = sampling(n=group_size - (replaced and joins[i]), seed=seeds[i])
+                    requests[i] = core.add_request(str(i), ids, params)
             # sample
             for _ in range(LOOK_EVERY):
                 for out in core.step() if core.has_unfinished_requests() else ():
-                    i, k = map(int, out.request_id.split("/"))
-                    outputs[i][k] = out.outputs[0]
-                    if len(outputs[i]) == rollouts[i]:
-                        finished.append(i)
+                    finished[int(out.request_id)] = out.outputs
+                    tokens[int(out.request_id)] = sum(len(o.token_ids) for o in out.outputs)
             # grade; a GPU does not wait, on a CPU runs repeat to the bit
-            idle = not core.has_unfinished_requests()
-            if grading is None or grading.done() or idle or not torch.cuda.is_available():
-                taken = grading.result() if grading else []
-                grading, finished = grader.submit(grade, finished if grades else []), []
-                taken += grading.result() if idle else []
-                for i in taken:
-                    wanted = not dynamic_sampling or mixed(graded[i])
+            grading.append(grader.submit(grade, finished if grades else {}))
+            finished = {}
+            waits = not (torch.cuda.is_available() and core.has_unfinished_requests())
+            while grading and (waits or grading[0].done()):
+                for i, group in grading.pop(0).result():
+                    graded[i] = group
+                    wanted = not dynamic_sampling or mixed(group)
                     state[i] = ACCEPTED if wanted else DROPPED
-            dist.all_reduce(state, dist.ReduceOp.MAX)
+            dist.all_reduce(torch.from_numpy(state), dist.ReduceOp.MAX)
 
+    bar.close()
     seen = int(accepted[-1]) + 1 if len(accepted) == prompts_per_step else closed
-    beyond = [i for i in outputs if i >= seen]
-    wasted = sum(len(out.token_ids) for i in beyond for out in outputs[i].values())
-    in_work = core.output_processor.request_states.values()
-    wasted += sum(request.detokenizer.num_output_tokens() for request in in_work)
-    core.abort_request([f"{i}/{k}" for i in beyond
-                        for k in range(rollouts[i]) if k not in outputs[i]])
+    in_work = core.output_processor
+    wasted = sum(count for i, count in tokens.items() if i >= seen)
+    wasted += sum(r.detokenizer.num_output_tokens() for r in in_work.request_states.values())
+    wasted += sum(len(o.token_ids) for request in in_work.parent_requests.values()
+                  for o in request.output_aggregator if o)
+    core.abort_request([name for i, name in requests.items() if i >= seen], internal=True)
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (wasted, {i: g for i, g in graded.items() if i < seen}))
     shares = shares[::tp]  # one an engine
     sampled = [shares[owner[i]][1][i] for i in range(seen)]
-    wasted = sum(tokens for tokens, _ in shares)
+    wasted = sum(count for count, _ in shares)
     return [sampled[i] for i in accepted], sampled, position + seen, wasted
 
 
