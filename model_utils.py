@@ -15,7 +15,6 @@ nothing computed twice.
 import ctypes
 import inspect
 import os
-import socket
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -49,11 +48,8 @@ except ImportError:  # torch's own build of the same kernels
 def setup_distributed():
     """Join torchrun's process group, or make one of a single rank. Returns this rank's device."""
     if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any that is free
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
@@ -114,38 +110,39 @@ class Unit:
     early: bool = False  # the old policy is asked in a pass of its own, before the weights move
 
 
-def plan_units(groups, tokens_per_micro_batch):
-    """Which groups share a micro-batch, and which are cut: [(whole groups, [parts a micro-batch])].
+def pack_units(groups, tokens_per_micro_batch, device="cpu"):
+    """Groups as packed units, in their order: a list of Unit.
 
     A group is cut only if it is over the budget (packed tokens) by itself, and then between
-    responses; a response that is over it makes a micro-batch alone. Parts are groups, too.
+    responses; a response that is over it makes a micro-batch alone.
     """
     prefix = common_prefix([g.prompt for g in groups])
-    plan, room = [], 0
+    shared, room = [], 0  # the groups of each unit; tokens left in the last one
     for group in groups:
         size = len(group.prompt) - prefix + sum(group.lengths)
-        if size > tokens_per_micro_batch - prefix:
-            plan.append(([group], cut(group, tokens_per_micro_batch - len(group.prompt))))
-            room = 0
-        elif size > room:
-            plan.append(([group], [[group]]))
-            room = tokens_per_micro_batch - prefix - size
-        else:
-            plan[-1][0].append(group)
-            plan[-1][1][0].append(group)
-            room -= size
-    return plan
+        if size > room:
+            shared.append([])
+            room = tokens_per_micro_batch - prefix
+        shared[-1].append(group)
+        room -= size
+    units = []
+    for whole in shared:
+        parts = [whole] if len(whole) > 1 else cut(whole[0], tokens_per_micro_batch)
+        units.append(Unit(whole, [pack(p).to(device) for p in parts], early=len(parts) > 1))
+    return units
 
 
-def cut(group, room):
-    """A group as parts of as many responses as fit into `room` tokens, one at least: [[part]]."""
-    parts, first, used = [], 0, 0
+def cut(group, tokens_per_micro_batch):
+    """A group as parts, which are groups too, of as many responses as fit, one at least: [[part]].
+    """
+    starts, room = [0], tokens_per_micro_batch - len(group.prompt)
+    used = 0
     for i, n in enumerate(group.lengths):
-        if i > first and used + n > room:
-            parts.append([part_of(group, first, i)])
-            first, used = i, 0
+        if used and used + n > room:
+            starts.append(i)
+            used = 0
         used += n
-    return parts + [[part_of(group, first, len(group.lengths))]]
+    return [[part_of(group, *ends)] for ends in zip(starts, [*starts[1:], len(group.responses)])]
 
 
 def part_of(group, first, stop):
@@ -155,30 +152,24 @@ def part_of(group, first, stop):
                    reward=group.reward[some], is_anchor=group.is_anchor[some])
 
 
-def pack_units(groups, tokens_per_micro_batch, device="cpu"):
-    """Groups as packed units: a list of Unit. See plan_units."""
-    return [Unit(whole, [pack(parts).to(device) for parts in batches], early=len(batches) > 1)
-            for whole, batches in plan_units(groups, tokens_per_micro_batch)]
-
-
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
-    """This rank's share of an update's groups, which all ranks hold: a list of Unit.
+    """This rank's share of an update's groups, which all ranks hold: a list of Unit, never empty.
 
     moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
     many forward passes on all ranks, before the weights move and after: ranks with fewer run
-    fillers.
+    fillers. All ranks call together.
     """
-    rank, shares = dist.get_rank(), deal(groups, dist.get_world_size())
-    units = pack_units(shares[rank], tokens_per_micro_batch, device)
+    share = deal(groups, dist.get_world_size())[dist.get_rank()]
+    units = pack_units(share, tokens_per_micro_batch, device)
+    passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, passes)
+    most = np.max([(0, 1), *seen], axis=0)
+    for early, missing in zip((True, False), most - passes):
+        units += [Unit([], [pack([NOTHING]).to(device)], early) for _ in range(missing)]
     for unit in units:
-        unit.early = unit.early or moved
-    plans = [plan_units(share, tokens_per_micro_batch) for share in shares]
-    for is_cut in (True, False):
-        passes = [sum(len(parts) for _, parts in plan if (len(parts) > 1) == is_cut)
-                  for plan in plans]
-        for _ in range(max(passes) - passes[rank]):
-            units.append(Unit([], [pack([NOTHING]).to(device)], early=moved or is_cut))
-    return units or [Unit([], [pack([NOTHING]).to(device)], early=moved)]
+        unit.early |= moved
+    return units
 
 
 nothing = np.zeros(0, dtype=bool)
