@@ -46,19 +46,17 @@ def _checked(key, value, default, where):
         value = tuple(value)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    switched_off = value is None and isinstance(default, str)
-    if default is not None and type(value) is not type(default) and not switched_off:
+    if default is not None and type(value) is not type(default):
         die(f"{where}: {key} must be {type(default).__name__}, got {value!r}")
     return value
 
 
 def _parse(text, default):
     """The value of a command-line word. It stays text for a str setting: `--out_dir=2024`."""
-    if isinstance(default, str) and text != "None":
-        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-        return text[1:-1] if is_quoted else text
+    if isinstance(default, str):
+        return text
     if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
+        text = text.title()
     try:
         return float(text) if text.lstrip("+-") in ("inf", "nan") else ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -147,48 +145,43 @@ def settings_for(function, config):
     return {key: config[key] for key in inspect.signature(function).parameters if key in config}
 
 
-def check(settings, known, above_zero="", not_negative="", whole="", infinite="", text="",
-          text_or_none=""):
+def check(settings, known, above_zero="", not_negative="", count="", text="", infinite=""):
     """End the program if a setting has a value that no run can use.
 
     known: {key: a tuple of the values it may have, or a list of those that the setting, a tuple,
     may hold}; the type float among them stands for any number. The others are keys, with spaces
-    between: of numbers; counts or None; numbers that may be infinite (none may be nan); texts.
+    between: of numbers; whole numbers or None; texts or None; numbers that may be infinite.
     """
-    above_zero, not_negative, whole, infinite, text, text_or_none = (
-        keys.split() for keys in (above_zero, not_negative, whole, infinite, text, text_or_none))
+    def is_number(x):
+        return type(x) in (int, float)
+
     for key, values in known.items():
         for value in settings[key] if isinstance(values, list) else (settings[key],):
-            is_number = float in values and type(value) in (int, float)
-            if not is_number and value not in values:
+            if value not in values and not (float in values and is_number(value)):
                 names = ", ".join("a number" if v is float else str(v) for v in values)
                 die(f"{key}: {value!r} is none of {names}")
     for key, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            if math.isnan(value) or key not in infinite:
-                die(f"{key}: {value} is not a finite number")
-        if key in above_zero and not value > 0:
-            die(f"{key}: {value} is too small")
-        if key in not_negative and value < 0:
-            die(f"{key}: {value} is negative")
-        if key in whole and value is not None and not (type(value) is int and value > 0):
-            die(f"{key}: {value!r} is not a positive whole number")
-        may_be_none = key in text_or_none and value is None
-        if key in text + text_or_none and not isinstance(value, str) and not may_be_none:
-            die(f"{key}: {value!r} is not a text")
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if key == "tp" and ranks % value:
-            die(f"tp: {value} does not divide the {ranks} ranks of a machine")
-        if key == "data_dir" and value is not None and not os.path.isdir(value):
-            die(f"data_dir: {value} is not a folder")
-        if key == "gpu_memory_utilization" and value is not None:
-            if not (isinstance(value, float) and 0 < value < 1):
-                die(f"{key}: {value!r} is not between 0 and 1")
-        if key == "seed" and value >= 2**32:
-            die(f"seed: {value} is not below 2**32, the most that numpy takes")
-        if key == "adam_betas":
-            if len(value) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in value):
-                die(f"adam_betas: {value!r} is not two numbers in [0, 1)")
+        if isinstance(value, float) and (math.isnan(value) or
+                                         math.isinf(value) and key not in infinite.split()):
+            die(f"{key}: {value} is not a finite number")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rules = [
+        (above_zero, lambda x: x > 0, "above 0"),
+        (not_negative, lambda x: x >= 0, "0 or more"),
+        (count, lambda x: x is None or type(x) is int and x > 0, "a whole number above 0"),
+        (text, lambda x: x is None or isinstance(x, str), "a text"),
+        ("tp", lambda x: ranks % x == 0, f"a divisor of {ranks}, the ranks of a machine"),
+        ("seed", lambda x: x < 2**32, "below 2**32, the most that numpy takes"),
+        ("data_dir", lambda x: x is None or os.path.isdir(x), "a folder"),
+        ("gpu_memory_utilization", lambda x: x is None or is_number(x) and 0 < x < 1,
+         "a number between 0 and 1"),
+        ("adam_betas", lambda x: len(x) == 2 and all(is_number(b) and 0 <= b < 1 for b in x),
+         "two numbers in [0, 1)"),
+    ]
+    for keys, is_right, what in rules:
+        for key in keys.split():
+            if key in settings and not is_right(settings[key]):
+                die(f"{key}: {settings[key]!r} is not {what}")
 
 
 def check_folder(path, key="out_dir"):

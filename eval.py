@@ -259,8 +259,8 @@ if __name__ == "__main__":
         raise SystemExit
     choices = {"dtype": ("auto", "float32", "bfloat16"), "protocol": (None, *PROTOCOLS)}
     check(config, choices | {"temperature": (None, float)}, not_negative="seed",
-          whole="n max_num_seqs max_response_tokens max_problems tp",
-          text="ckpt", text_or_none="data data_dir system_prompt out_dir")
+          count="n max_num_seqs max_response_tokens max_problems tp",
+          text="data data_dir system_prompt out_dir")
     if (temperature or 0) < 0 or not 0 < top_p <= 1:
         die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
     given = PROTOCOLS.get(protocol, {}) | {k: v for k, v in config.items() if v is not None}

@@ -105,10 +105,9 @@ check(
     above_zero="questions max_response_tokens max_rounds oversample temperature learning_rate "
                "tokens_per_micro_batch",
     not_negative="seed grad_clip weight_decay pages",
-    whole="max_num_seqs",
+    count="max_num_seqs",
+    text="data_dir system_prompt",
     infinite="nthr_beta oversample grad_clip",
-    text="model dataset out_dir",
-    text_or_none="data_dir system_prompt",
 )
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")

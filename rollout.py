@@ -213,7 +213,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     requests, tokens, graded = {}, {}, {}   # of this engine's prompts: vLLM's name, tokens, group
     finished, grading = {}, []              # outputs by prompt, then futures of their groups
     engine.reset_prefix_cache()             # never another policy's keys and values
-    bar = tqdm(total=max_prompts, desc="prompts", leave=False, disable=not progress)
+    bar = tqdm(total=max_prompts, desc="prompts", leave=False,
+               disable=not (progress and is_rank0()))
     with ThreadPoolExecutor(1) as grader:   # grades while the engine goes on
         while True:
             # enough?

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import is_rank0, print0
+from model_utils import full
 
 
 def write_whole(path, text):
@@ -30,6 +31,22 @@ def write_json(path, value):
 def write_jsonl(path, rows):
     """Write rows as JSON Lines, whole or not at all."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def kept_rows(path, settings):
+    """The rows after the first of a file that write_jsonl left, None if there is no such file. The
+    first row are the settings that they belong to: a file of others, or a damaged one, is renamed.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            first, *rows = map(json.loads, f)
+        if first == settings:
+            return rows
+    except ValueError:
+        pass
+    os.rename(path, free_name(f"{path}.old_"))
 
 
 def free_name(stem, suffix=""):
@@ -126,8 +143,8 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config, keep_ck
     final = os.path.join(out_dir, f"step_{state['step']:06d}")
 
     def gather(x):  # on all ranks, kept by the first
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        return x.detach().cpu() if is_rank0() else None
+        x = full(x.detach())
+        return x.cpu() if is_rank0() else None
 
     weights = {name: gather(p) for name, p in model.named_parameters()}
     moments = {i: {k: gather(v) for k, v in of_param.items()}

@@ -116,10 +116,9 @@ check(
                "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds tp",
     not_negative="eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high "
                  "grad_clip weight_decay samples_per_step seed tis_cap",
-    whole="max_num_seqs",
-    infinite="nthr_beta oversample clip_high tis_cap grad_clip",
-    text="model dataset out_dir judge",
-    text_or_none="eval_dataset data_dir system_prompt demos judge_model wandb_project")
+    count="max_num_seqs",
+    text="eval_dataset data_dir system_prompt demos judge_model wandb_project",
+    infinite="nthr_beta oversample clip_high tis_cap grad_clip")
 if nthr_beta == math.inf:
     die("nthr_beta: inf selects nothing; -inf all")
 if group_size < 2:
