@@ -1,6 +1,7 @@
 """What a step leaves to be read: figures, measured where they arise, seconds, a line."""
 import math
 import time
+from functools import partialmethod
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ class Figures:
         self.device = device
         self.noted = {}  # (key, kind): pairs (2,) of sum and count, or of the maximum twice
 
-    def _note(self, key, kind, values, where):
+    def note(self, kind, key, values, where=True):
         values, where = (
             torch.as_tensor(x).detach().to(self.device, torch.float64, non_blocking=True)
             for x in (values, where))
@@ -30,14 +31,9 @@ class Figures:
             pair = torch.stack([values.where(where, 0).sum(), where.sum()])
         self.noted.setdefault((key, kind), []).append(pair)
 
-    def mean(self, key, values, where=True):
-        self._note(key, "mean", values, where)
-
-    def sum(self, key, values, where=True):
-        self._note(key, "sum", values, where)
-
-    def max(self, key, values, where=True):
-        self._note(key, "max", values, where)
+    mean = partialmethod(note, "mean")
+    sum = partialmethod(note, "sum")
+    max = partialmethod(note, "max")
 
     def all_ranks(self):
         """{key: float} over all ranks, which call together; the mean of nothing is nan."""
