@@ -31,7 +31,8 @@ class Group:
     is_anchor: np.ndarray      # (G,) bool, a demonstration that the policy did not sample
     score: np.ndarray          # (G,) float32, the judge's, in [1, 10]; nan: not judged
     seed: int = 0              # of whatever is drawn for this group
-    weight: float = 0.0        # of each of its tokens in the loss (advantages.token_weights)
+    weight: np.ndarray = None  # (G,) of each response's tokens in the loss: losses.token_weights
+    update_tokens: int = 0     # response tokens of its update, on all ranks
 
     @property
     def lengths(self):

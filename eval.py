@@ -15,7 +15,6 @@ import json
 import math
 import os
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from data import STYLES, check_lengths, encode_prompts, load_problems, load_toke
 from grader import vote
 from model_utils import setup_distributed
 from plot import plot_steps
-from runs import free_name, write_json, write_jsonl, write_whole
+from runs import kept_rows, write_json, write_jsonl, write_whole
 
 # A run's folder, a folder of runs, a step_* folder, any Hugging Face folder; several folders of one
 # kind of model, with commas; or a hub id.
@@ -61,6 +60,7 @@ OUT_OF_DISTRIBUTION = "arc_c,gpqa_diamond,mmlu_pro"  # averaged by themselves
 # [NTHR] sec. 5: greedy. [DaGRPO]: temperature 0.6, avg@32 on the small sets, 1 on the others.
 # Lengths: the longest that the papers trained with.
 PROTOCOLS = {
+    None: {},
     "nthr": {"max_response_tokens": 4000,
              "data": "aime24,amc23,math500,minerva_math,olympiadbench"},
     "dagrpo": {"max_response_tokens": 8192, "temperature": 0.6,
@@ -72,26 +72,25 @@ PROTOCOLS = {
 # --------------------------------------------------------------------------------------------------
 # statistics
 
-def pass_at_k(n, correct, k):
-    """Unbiased probability that one of k of the n responses is correct (arXiv 2107.03374)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+def pass_at_k(correct, k):
+    """Unbiased probability that one of k of n responses is correct (arXiv 2107.03374). correct: n
+    numbers, 0 or 1."""
+    return 1.0 - math.comb(correct.count(0), k) / math.comb(len(correct), k)
 
 
 def majority(votes, correct):
-    """Probability that the most frequent answer of n responses is correct; ties are broken at
-    random. votes: n answers, None for no answer, which never wins; correct: n numbers, 0 or 1."""
-    counts = Counter(votes)
-    del counts[None]
-    most = max(counts.values(), default=1)
-    won = [c for v, c in zip(votes, correct) if counts[v] == most]
-    return np.mean(won or [0])
+    """Probability that the most frequent of n answers is correct, ties broken at random. votes: the
+    answers, None where there is none, which never wins and is not correct."""
+    counts = [0 if v is None else votes.count(v) for v in votes]
+    return np.mean([c for c, count in zip(correct, counts) if count == max(counts)])
 
 
 def bootstrap(sets, seed=0, draws=10_000):
     """95% interval (low, high) of the mean over sets of their means, problems drawn anew. sets:
     for each the values of its problems (P,)."""
     rng = np.random.default_rng(seed)
-    means = [[rng.choice(values, len(values)).mean() for _ in range(draws)] for values in sets]
+    means = [[rng.choice(values, len(values)).mean() for _ in range(draws)]
+             for values in map(np.array, sets)]
     return tuple(np.quantile(np.mean(means, 0), (0.025, 0.975)).tolist())
 
 
@@ -104,18 +103,17 @@ def mcnemar(only_a, only_b):
 
 def summarize(rows):
     """A set's figures, with 95% intervals over its P problems, from the rows of its file."""
-    correct = np.array([r["correct"] for r in rows])
-    n = correct.shape[1]
-    figures = {"accuracy": correct.mean(1)}  # each (P,)
+    n = len(rows[0]["correct"])
+    figures = {"accuracy": [np.mean(r["correct"]) for r in rows]}  # each (P,)
     for k in range(2, n + 1):
         if n % k == 0:
-            figures[f"pass@{k}"] = [pass_at_k(n, int(c), k) for c in correct.sum(1)]
+            figures[f"pass@{k}"] = [pass_at_k(r["correct"], k) for r in rows]
     if n > 1:
         figures[f"maj@{n}"] = [majority(r["vote"], r["correct"]) for r in rows]
     summary = {name: np.mean(values) for name, values in figures.items()}
     summary |= {key: np.mean([r[key] for r in rows]) for key in ("length", "truncated")}
     summary["intervals"] = {name: bootstrap([values]) for name, values in figures.items()}
-    return summary | {"by_problem": figures["accuracy"].tolist()}
+    return summary | {"by_problem": figures["accuracy"]}
 
 
 def compare_files(*paths):
@@ -128,15 +126,16 @@ def compare_files(*paths):
         a, b = solved
     except Exception as e:  # of many kinds, since it may be any file
         die(f"compare: two files of responses are needed; {path}: {e!r}")
-    both = sorted(a.keys() & b.keys())
+    both = [(a[problem], b[problem]) for problem in sorted(a) if problem in b]
     if not both:
         die(f"compare: no problem is in both {' and '.join(paths)}")
-    x, y = np.array([(a[problem], b[problem]) for problem in both]).T
-    low, high = bootstrap([y - x])
+    x, y = np.array(both).T
+    gain = y - x
+    low, high = bootstrap([gain])
     print0(f"{len(both)} problems in both: first {x.mean():.1%}, second {y.mean():.1%}")
-    print0(f"difference {np.mean(y - x):+.1%}, 95% {low:+.1%} to {high:+.1%} (paired bootstrap)")
-    if np.isin([x, y], (0, 1)).all():  # one response a problem
-        only = int((x > y).sum()), int((y > x).sum())
+    print0(f"difference {gain.mean():+.1%}, 95% {low:+.1%} to {high:+.1%} (paired bootstrap)")
+    if {*x, *y} <= {0, 1}:  # one response a problem
+        only = [*gain].count(-1), [*gain].count(1)
         print0(f"solved by one only {only}, McNemar's exact p = {mcnemar(*only):.3g}")
 
 
@@ -153,7 +152,7 @@ def find_models(ckpt):
     if not (here / "config.json").exists():
         folders = sorted(here.glob("step_??????")) or sorted(here.glob("*/step_??????"))
     for folder in folders:
-        files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+        index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
         try:
             if index.exists():
                 files = {*json.loads(index.read_text())["weight_map"].values()}
@@ -166,7 +165,7 @@ def find_models(ckpt):
 
 
 def plan(model, tokenizer, room, given):
-    """What to ask a model: [(settings, tokenizer, problems, prompts) of every set].
+    """What to ask a model: (settings, tokenizer, problems, prompts) of every set.
 
     model: its own settings; room: tokens of its context; given: those of eval.py or a protocol."""
     run, path = {}, Path(model["ckpt"], "run_config.json")
@@ -175,7 +174,6 @@ def plan(model, tokenizer, room, given):
     own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
     if "data" not in given:
         run["max_problems"] = run.get("eval_problems")
-    jobs = []
     for name in given.get("data", own).split(","):
         how = {"dataset": name, "max_response_tokens": 2048} | STYLES.get(name, {}) | run
         how |= {"temperature": 0.0, "n": given.get("n_of", {}).get(name, 1)} | given
@@ -185,17 +183,24 @@ def plan(model, tokenizer, room, given):
         problems = problems[: how.get("max_problems")]
         prompts = encode_prompts(tokenizer, problems, **settings_for(encode_prompts, how))
         longest = check_lengths(prompts, 1, room, f"data {name}") - 1
-        how["max_response_tokens"] = min(how["max_response_tokens"], room - longest)
-        settings = model | settings_for(generate_all_ranks, how) | {"data": name}
-        settings["context"] = longest + how["max_response_tokens"]
-        asked = json.dumps(problems).encode() + np.concatenate(prompts).tobytes()
-        settings["crc32"] = zlib.crc32(asked)  # responses to other prompts are not these
-        jobs.append((settings, tokenizer, problems, prompts))
-    return jobs
+        context = min(room, longest + how["max_response_tokens"])
+        how["max_response_tokens"] = context - longest
+        # responses to other prompts are not these
+        crc32 = zlib.crc32(json.dumps(problems).encode() + np.concatenate(prompts).tobytes())
+        settings = model | settings_for(generate_all_ranks, how)
+        settings |= {"data": name, "context": context, "crc32": crc32}
+        yield settings, tokenizer, problems, prompts
 
 
 # --------------------------------------------------------------------------------------------------
 # results: files of responses, a line with the settings, then one for each problem; tables
+
+def rows_of_rank0(path, settings):
+    """kept_rows on all ranks, since other machines may not have the file."""
+    found = [kept_rows(path, settings) if is_rank0() else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
 
 def graded_row(g):
     votes = [None if cut else vote(text, g.row) for text, cut in zip(g.texts, g.truncated)]
@@ -205,19 +210,6 @@ def graded_row(g):
     }
 
 
-def finished(path, settings):
-    """Rows of a file of responses with these settings, or None; one of others is renamed."""
-    if not path.exists():
-        return None
-    try:
-        first, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        if first == settings:
-            return rows
-    except ValueError:  # damaged, or not ours
-        pass
-    path.rename(free_name(f"{path}.old_"))
-
-
 def percent(mean, interval):
     low, high = interval
     return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
@@ -225,31 +217,36 @@ def percent(mean, interval):
 
 def table(rows):
     """Markdown of rows of texts, the first one the head."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    head, *body = [f"| {' | '.join(row)} |\n" for row in rows]
+    return "".join([head, "| --- " * len(rows[0]), "|\n", *body])
 
 
 def results_table(results):
-    """Markdown: a row for every model and set. For a protocol first a row for every model, its
-    accuracy on the sets and averaged over them, as in the papers."""
-    rows = ["model,set,problems x n,T,figures (95%),length,truncated".split(",")]
-    columns = {}  # of a set or average: {model: the problems' accuracy in each set}
+    """Markdown: a row for every model and set."""
+    text = ("| model | set | problems x n | T | figures (95%) | length | truncated |\n"
+            "| --- | --- | --- | --- | --- | --- | --- |\n")
     for r in results:
         figures = ", ".join(f"{k} {percent(r[k], ends)}" for k, ends in r["intervals"].items())
-        row = [r["model"], r["data"], f"{len(r['by_problem'])} x {r['n']}", f"{r['temperature']:g}"]
-        rows.append(row + [figures, f"{r['length']:.1f}", f"{r['truncated']:.1%}"])
+        text += (f"| {r['model']} | {r['data']} | {len(r['by_problem'])} x {r['n']} "
+                 f"| {r['temperature']:g} | {figures} | {r['length']:.1f} "
+                 f"| {r['truncated']:.1%} |\n")
+    return text
+
+
+def protocol_table(results):
+    """Markdown as in the papers: a row for every model, its accuracy on the sets and averaged."""
+    columns = {}  # of a set or average: {model: of each set the accuracy of its problems}
+    for r in results:
         average = "OOD Avg" if r["data"] in OUT_OF_DISTRIBUTION else "Avg"
         for name in (r["data"], average):
             columns.setdefault(name, {}).setdefault(r["model"], []).append(r["by_problem"])
-    if not protocol:
-        return table(rows)
-    names = sorted(columns, key=lambda name: "Avg" in name)
-    wide = [["model", *names]]
-    for model in columns[names[0]]:
-        cells = [columns[name][model] for name in names]
-        means = [np.mean([np.mean(x) for x in sets]) for sets in cells]
-        wide.append([model, *map(percent, means, map(bootstrap, cells))])
-    return f"{table(wide)}\n{table(rows)}"
+    cells = [["model", *columns[r["data"]]]]
+    for name in sorted(columns, key=lambda name: "Avg" in name):
+        cells.append([name])
+        for sets in columns[name].values():
+            mean = np.mean([np.mean(x) for x in sets])
+            cells[-1].append(percent(mean, bootstrap(sets)))
+    return table([*zip(*cells)])
 
 
 if __name__ == "__main__":
@@ -257,13 +254,15 @@ if __name__ == "__main__":
     if compare:
         compare_files(*compare)
         raise SystemExit
-    choices = {"dtype": ("auto", "float32", "bfloat16"), "protocol": (None, *PROTOCOLS)}
-    check(config, choices | {"temperature": (None, float)}, not_negative="seed",
-          count="n max_num_seqs max_response_tokens max_problems tp",
-          text="data data_dir system_prompt out_dir")
+    check(
+        config,
+        dict(dtype=("auto", "float32", "bfloat16"), protocol=tuple(PROTOCOLS),
+             temperature=(None, float)),
+        not_negative="seed", count="n max_num_seqs max_response_tokens max_problems tp",
+        text="data data_dir system_prompt out_dir")
     if (temperature or 0) < 0 or not 0 < top_p <= 1:
         die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    given = PROTOCOLS.get(protocol, {}) | {k: v for k, v in config.items() if v is not None}
+    given = PROTOCOLS[protocol] | {k: v for k, v in config.items() if v is not None}
     models = {}
     for part in ckpt.split(","):
         models |= find_models(part)
@@ -271,12 +270,13 @@ if __name__ == "__main__":
     of_runs = all("/step_" in folder for folder in models)
     home = out_dir or (f"{parent}/eval" if of_runs else "out/eval")
     check_folder(home)
-    jobs, kinds = [], []
+    jobs, first = [], None
     for folder, weights in models.items():
         tokenizer, hf_config = load_tokenizer(folder, "ckpt")
         varying = dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
-        kinds.append(hf_config.to_dict() | varying)
-        if kinds[-1] != kinds[0]:
+        kind = hf_config.to_dict() | varying
+        first = first or kind
+        if kind != first:
             die(f"ckpt: {folder} is another kind of model than the first; evaluate it by itself")
         model = {"model": os.path.relpath(folder, parent), "ckpt": folder, "weights": weights}
         jobs += plan(model, tokenizer, hf_config.max_position_embeddings, given)
@@ -285,28 +285,27 @@ if __name__ == "__main__":
     context = max(settings["context"] for settings, *_ in jobs)
     inside, results = None, []  # inside: whose weights the engine has
     for settings, *questions in jobs:
+        folder, sampling = settings["ckpt"], settings_for(generate_all_ranks, settings)
         stem = f"{Path(settings['data']).stem}_n{settings['n']}_t{settings['temperature']:g}"
-        path = Path(home, settings["model"], f"{stem}.jsonl")
-        found = [finished(path, settings) if is_rank0() else None]
-        dist.broadcast_object_list(found)  # other machines may not have the files
-        [rows] = found
+        path = f"{home}/{settings['model']}/{stem}.jsonl"
+        rows = rows_of_rank0(path, settings)
         if rows is None:
-            folder = settings["ckpt"]
             if inside is None:
                 engine = build_engine(folder, context, **settings_for(build_engine, config))
             elif folder != inside:
                 load_weights(engine, folder)
             inside = folder
-            sampling = settings_for(generate_all_ranks, settings)
             groups = generate_all_ranks(engine, *questions, **sampling, progress=True)
             rows = [graded_row(g) for g in groups]
             if is_rank0():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_jsonl(str(path), [settings, *rows])
+                check_folder(os.path.dirname(path))
+                write_jsonl(path, [settings, *rows])
         results.append(settings | summarize(rows))
         print0(f"{path}: accuracy {results[-1]['accuracy']:.1%}")
     if is_rank0():
         text = results_table(results)
+        if protocol:
+            text = f"{protocol_table(results)}\n{text}"
         write_json(f"{home}/results.json", results)
         write_whole(f"{home}/results.md", text)
         plot_steps(results, f"{home}/accuracy.png")

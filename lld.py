@@ -15,8 +15,6 @@ summary.json and summary.md, delta.png (Figs. 1, 4), gwhes.png (Table 1), succes
 """
 import copy
 import json
-import os
-from functools import partial
 from html import escape
 
 # First, since it sets torch's threads.
@@ -28,28 +26,14 @@ import torch
 import torch.distributed as dist
 from tqdm import trange
 
-from advantages import (
-    Old,
-    gwhes,
-    influence,
-    nthr_select,
-    policy_loss,
-    token_advantages,
-    token_weights,
-)
+import model_utils
+from advantages import Old, gwhes, influence, nthr_select, token_advantages
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer
-from eval import bootstrap, table
-from model_utils import (
-    check_model,
-    load_policy,
-    make_optimizer,
-    optimizer_step,
-    pack_units,
-    setup_distributed,
-)
+from eval import bootstrap, rows_of_rank0, table
+from losses import policy_loss, token_weights
 from plot import save_figure, subplots
-from runs import free_name, write_json, write_jsonl, write_whole
+from runs import write_json, write_jsonl, write_whole
 
 # the questions and their responses; a change of one of these samples anew
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -90,38 +74,31 @@ pages = 8                     # questions in tokens.html, those of smallest Delt
 
 config = configure(globals())
 
+DTYPES = ("auto", "float32", "bfloat16")
 check(
     config,
-    {
-        "variants": ["grpo", "pos_only", "random", "nthr"],
-        "optimizer": ("adamw", "sgd"),
-        "split": ("train", "test"),
-        "nthr_vocab": ("response", "full"),
-        "advantage_norm": ("std", "mean"),
-        "loss_norm": ("group", "token", "constant"),
-        "compute_dtype": ("float32", "bfloat16"),
-        "rollout_dtype": ("auto", "float32", "bfloat16"),
-    },
+    dict(variants=["grpo", "pos_only", "random", "nthr"], optimizer=("adamw", "sgd"),
+         split=("train", "test"), nthr_vocab=("response", "full"), advantage_norm=("std", "mean"),
+         loss_norm=("group", "token", "constant"), compute_dtype=DTYPES[1:], rollout_dtype=DTYPES),
     above_zero="questions max_response_tokens max_rounds oversample temperature learning_rate "
                "tokens_per_micro_batch",
     not_negative="seed grad_clip weight_decay pages",
     count="max_num_seqs",
     text="data_dir system_prompt",
-    infinite="nthr_beta oversample grad_clip",
-)
+    infinite="nthr_beta oversample grad_clip")
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")
 if group_size < 2:
     die(f"group_size: {group_size}: right and wrong responses need at least 2")
 problems = load_problems(dataset, split, data_dir=data_dir)
 tokenizer, hf_config = load_tokenizer(model)
-check_model(model, hf_config)
+model_utils.check_model(model, hf_config)
 prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot)
 room = hf_config.max_position_embeddings
 context = check_lengths(prompts, max_response_tokens, room, f"dataset {dataset}")
 check_folder(out_dir)
 
-device = setup_distributed()
+device = model_utils.setup_distributed()
 world_size = dist.get_world_size()
 
 # --------------------------------------------------------------------------------------------------
@@ -131,25 +108,8 @@ names = [*config]
 as_read = [*json.loads(json.dumps(config)).items()]  # a file has lists for tuples
 of_groups = dict(as_read[:names.index("variants")])
 of_questions = dict(as_read[:names.index("out_dir")])
-path = partial(os.path.join, out_dir)
-
-
-def saved(name, settings):
-    """Rows of a file of these settings, which are its first line; one of others is renamed."""
-    if os.path.exists(path(name)):
-        with open(path(name)) as f:
-            first, *rows = map(json.loads, f)
-        if first == settings:
-            return rows
-        os.rename(path(name), free_name(path(name) + ".old_"))
-    return []
-
-
-found = [[], []]
-if is_rank0():  # other machines may not have its files
-    found = [saved("groups.jsonl", of_groups), saved("questions.jsonl", of_questions)]
-dist.broadcast_object_list(found)
-groups, done = found
+groups = rows_of_rank0(f"{out_dir}/groups.jsonl", of_groups) or []
+done = rows_of_rank0(f"{out_dir}/questions.jsonl", of_questions) or []
 engine = None
 if not groups:
     done = []
@@ -157,29 +117,27 @@ if not groups:
     sampling = settings_for(sample_batch, config)
     sampling["max_rounds"] = min(max_rounds, len(problems) / questions)  # no question twice
     kept, sampled, *_ = sample_batch(
-        engine, tokenizer, problems, prompts, 0, prompts_per_step=questions, **sampling
-    )
+        engine, tokenizer, problems, prompts, 0, prompts_per_step=questions, **sampling)
     sleep_engine(engine)
-    print0(
-        f"{len(kept)} of {len(sampled)} questions have both outcomes; "
-        f"{accuracy(sampled):.1%} of their responses are correct"
-    )
+    print0(f"{len(kept)} of {len(sampled)} questions have both outcomes; "
+           f"{accuracy(sampled):.1%} of their responses are correct")
     if not kept:
         die(f"dataset: no question of {dataset} has right and wrong responses; more max_rounds?")
     for g in kept:
-        row = {"problem": g.row["problem"], "answer": g.row["answer"], "texts": g.texts}
-        row["prompt"] = g.prompt.tolist()
-        row["responses"] = [r.tolist() for r in g.responses]
-        row["rewards"] = g.reward.tolist()
-        groups.append(row)
+        groups.append(g.row | {
+            "texts": g.texts,
+            "prompt": g.prompt.tolist(),
+            "responses": [r.tolist() for r in g.responses],
+            "rewards": g.reward.tolist(),
+        })
     if is_rank0():
-        write_jsonl(path("groups.jsonl"), [of_groups, *groups])
+        write_jsonl(f"{out_dir}/groups.jsonl", [of_groups, *groups])
 
 # --------------------------------------------------------------------------------------------------
 # one update a question and variant
 
-policy = load_policy(model, getattr(torch, compute_dtype), device, activation_checkpointing)
-policy.train()
+compute = getattr(torch, compute_dtype)
+policy = model_utils.load_policy(model, compute, device, activation_checkpointing).train()
 theta = copy.deepcopy(policy.state_dict())
 head = policy.model.get_output_embeddings().weight.detach()  # (V, d)
 
@@ -191,36 +149,16 @@ def ask(batches):
     return [torch.cat(x) for x in zip(*outs)]
 
 
-def load_group(index):
-    """A row of groups.jsonl as data.Group."""
-    row = groups[index]
-    responses = [np.array(r, dtype=np.int32) for r in row["responses"]]
-    unused = np.zeros(len(responses), dtype=bool)
-    group = Group(
-        row=row,
-        prompt=np.array(row["prompt"], dtype=np.int32),
-        responses=responses,
-        rollout_logp=[0.0 * r for r in responses],  # not kept, nor needed
-        texts=row["texts"],
-        truncated=unused,
-        reward=np.array(row["rewards"], dtype=np.float32),
-        is_anchor=unused,
-        score=unused,
-        seed=hash((seed, index)),
-    )
-    [group.weight] = token_weights([group], loss_norm, max_response_tokens)
-    return group
-
-
 def one_update(variant, group, old, batches):
     """What one update does to the log-likelihood of every response, (G,); theta is put back."""
-    optim = make_optimizer(policy, learning_rate, adam_betas, weight_decay, optimizer)
+    optim = model_utils.make_optimizer(
+        policy, learning_rate, adam_betas, weight_decay, optimizer)
     advantage = token_advantages(variant, group, old, **settings_for(token_advantages, config))
     sizes = [len(batch.targets) for batch in batches]
     for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):
         batch.old_logp, batch.advantage = of_batch
         policy_loss(policy(batch, temperature)[0], batch).backward()
-    optimizer_step(policy, optim, grad_clip)
+    model_utils.optimizer_step(policy, optim, grad_clip)
     logp, *_ = ask(batches)
     policy.load_state_dict(theta)
     change = (logp - old.logp).double()
@@ -229,11 +167,19 @@ def one_update(variant, group, old, batches):
 
 def measure(index):
     """The row of one question: Delta by variant, and the scores of its tokens."""
-    group = load_group(index)
-    [unit] = pack_units([group], tokens_per_micro_batch, device)
+    row = groups[index]
+    responses = [np.array(tokens) for tokens in row["responses"]]
+    none = np.zeros(len(responses), dtype=bool)
+    group = Group(
+        row, np.array(row["prompt"]), responses, texts=row["texts"],
+        rollout_logp=[0.0 * r for r in responses],  # not kept, nor needed
+        reward=np.array(row["rewards"]), truncated=none, is_anchor=none, score=none,
+        seed=hash((seed, index)))
+    [group.weight] = token_weights([group], loss_norm, max_response_tokens)
+    [unit] = model_utils.pack_units([group], tokens_per_micro_batch, device)
     old = Old(*ask(unit.batches), head, temperature)
     right = group.reward == 1  # (G,)
-    row = {"question": index, "problem": group.row["problem"], "p": right.mean()}
+    row = {"question": index, "problem": row["problem"], "p": right.mean()}
     for variant in variants:
         change = one_update(variant, group, old, unit.batches)
         row[f"delta_{variant}"] = change[right].mean()
@@ -245,12 +191,12 @@ def measure(index):
     negative = influence(old, tokens, ~correct, "full")
     selected, tau = nthr_select(s, group, nthr_beta)
     selected_exact, _ = nthr_select(exact, group, nthr_beta)
-    for key, x in (("s", s), ("selected_tokens", selected)):
-        row[key] = [part.tolist() for part in x.split(group.lengths)]
     wrong = torch.from_numpy(~correct).to(device)
     ranks = torch.stack([s[wrong], exact[wrong]]).argsort(stable=True).argsort(stable=True)
     correlation = torch.corrcoef(ranks.double())[0, 1]
     return row | {
+        "s": [x.tolist() for x in s.split(group.lengths)],
+        "selected_tokens": [x.tolist() for x in selected.split(group.lengths)],
         "gwhes": gwhes(exact, negative, group).nanmean().item(),
         "tau": tau.item(),
         "selected": (selected.sum() / wrong.sum()).item(),
@@ -265,52 +211,50 @@ for first in trange(len(done), len(groups), world_size, desc="lld", disable=not 
     dist.all_gather_object(rows, measure(index) if index < len(groups) else None)
     done += [row for row in rows if row]
     if is_rank0():
-        write_jsonl(path("questions.jsonl"), [of_questions, *done])
+        write_jsonl(f"{out_dir}/questions.jsonl", [of_questions, *done])
 
 # --------------------------------------------------------------------------------------------------
 # summary and pictures
 
 
-def column(key):
-    return np.array([row[key] for row in done])
+columns = {key: np.array([row[key] for row in done])
+           for key, x in done[0].items() if isinstance(x, float)}
 
 
 def summarize():
     """{what: [mean over questions, and its 95% bootstrap interval]}."""
-    figures = {key: column(key) for key, x in done[0].items() if isinstance(x, float)}
-    figures["tau < 0, share"] = figures.pop("tau") < 0
+    figures = {**columns, "tau < 0, share": columns["tau"] < 0}
+    del figures["tau"]
     for variant in variants:
-        figures[f"delta_{variant} < epsilon, share"] = figures[f"delta_{variant}"] < epsilon
+        figures[f"delta_{variant} < epsilon, share"] = columns[f"delta_{variant}"] < epsilon
     for pair in ("nthr > grpo", "random > grpo", "nthr > random", "pos_only > grpo"):
         better, worse = pair.split(" > ")
         if {better, worse} <= {*variants}:
-            gain = figures[f"delta_{better}"] - figures[f"delta_{worse}"]
+            gain = columns[f"delta_{better}"] - columns[f"delta_{worse}"]
             figures[f"{pair}, share"] = gain > 0
             figures[f"{pair}, share equal"] = gain == 0  # NTHR may select nothing
             figures[f"{pair}, mean difference"] = gain
-    smallest = figures["delta_grpo"].argsort(stable=True)
-    largest = (-figures["gwhes"]).argsort(stable=True)
+    smallest = columns["delta_grpo"].argsort(stable=True)
+    largest = (-columns["gwhes"]).argsort(stable=True)
     for k in (10, 15):
         if k <= len(done):
             name = f"{k} of {len(done)} of smallest delta_grpo, share among largest gwhes"
             figures[name] = np.isin(smallest[:k], largest[:k])
-    for name, x in figures.items():
-        figures[name] = [float(x.mean()), *bootstrap([x], seed)]
-    return figures
+    return {name: [float(x.mean()), *bootstrap([x], seed)] for name, x in figures.items()}
 
 
 def picture(name, xlabel, x=None):
     """Delta of every variant by x (questions,), the mean of those that share an x; None: sorted."""
     fig, [[ax]] = subplots()
     for variant in variants:
-        y = column(f"delta_{variant}")
+        y = columns[f"delta_{variant}"]
         place = y.argsort().argsort() if x is None else x
         levels = np.unique(place)
         ax.plot(levels, [y[place == level].mean() for level in levels], "o", label=variant)
     ax.axhline(0, color="black")
     ax.set(xlabel=xlabel, ylabel=r"$\Delta(x)$, nats")
     ax.legend()
-    save_figure(fig, path(name))
+    save_figure(fig, f"{out_dir}/{name}.png")
 
 
 PAGE = """<!doctype html>
@@ -357,12 +301,12 @@ if is_rank0():
     for name, (mean, low, high) in sorted(summary.items()):
         rows.append([name, f"{mean:.4f}", f"{low:.4f} to {high:.4f}"])
     text = table(rows)
-    write_json(path("summary.json"), summary)
-    write_whole(path("summary.md"), text)
-    write_whole(path("tokens.html"), page())
-    picture("delta.png", "questions, sorted for each variant")
-    picture("success.png", "success rate p of the question", column("p"))
-    picture("gwhes.png", "GWHES (eq. 5), mean over correct responses", column("gwhes"))
+    write_json(f"{out_dir}/summary.json", summary)
+    write_whole(f"{out_dir}/summary.md", text)
+    write_whole(f"{out_dir}/tokens.html", page())
+    picture("delta", "questions, sorted for each variant")
+    picture("success", "success rate p of the question", columns["p"])
+    picture("gwhes", "GWHES (eq. 5), mean over correct responses", columns["gwhes"])
     print0(f"{text}\nwrote {out_dir}/: summary.md, tokens.html, delta.png and more")
 dist.barrier()
 if engine and device.type == "cuda":

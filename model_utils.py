@@ -88,6 +88,7 @@ class MicroBatch:
     prefix: int                 # tokens of the common prefix, the first of T
     spans: list                 # [(start, end)] in T: the prefix, then trees, short ones together
     segment: torch.Tensor       # (2, T) int32, each token's segment, and its prompt's
+    update_tokens: int = 0      # response tokens of the update, on all ranks
     # from the policy that sampled, before the weights move: train.ask_old_policy
     old_logp: torch.Tensor = None   # (n,)
     advantage: torch.Tensor = None  # (n,)
@@ -149,7 +150,8 @@ def part_of(group, first, stop):
     """The responses first to stop - 1 of a group, as a group."""
     some = slice(first, stop)
     return replace(group, responses=group.responses[some], rollout_logp=group.rollout_logp[some],
-                   reward=group.reward[some], is_anchor=group.is_anchor[some])
+                   reward=group.reward[some], is_anchor=group.is_anchor[some],
+                   weight=group.weight[some])
 
 
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
@@ -174,7 +176,8 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
 
 nothing = np.zeros(0, dtype=bool)
 NOTHING = Group(row={}, prompt=np.zeros(1), responses=[], rollout_logp=[], texts=[],
-                truncated=nothing, reward=nothing, is_anchor=nothing, score=nothing)  # a filler
+                truncated=nothing, reward=nothing, is_anchor=nothing, score=nothing,
+                weight=nothing)  # a filler
 
 
 def deal(groups, world_size):
@@ -242,14 +245,15 @@ def pack(groups):
         targets=joined([r for g in groups for r in g.responses]),
         response=joined([np.repeat(np.arange(len(lengths)), lengths)]),
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
-        weight=joined([np.full(sum(g.lengths), g.weight) for g in groups], torch.float32),
+        weight=joined([np.repeat(g.weight, g.lengths) for g in groups], torch.float32),
         is_anchor=joined([np.repeat(anchor, lengths)], torch.bool),
         correct=joined([(reward == 1) & ~anchor], torch.bool),
         kv_index=joined(keys),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),
         max_q=max(sizes), max_k=max(map(len, keys)), prefix=prefix, spans=spans,
-        segment=torch.stack([joined(x, torch.int32) for x in zip(*segment)]))
+        segment=torch.stack([joined(x, torch.int32) for x in zip(*segment)]),
+        update_tokens=groups[0].update_tokens)
 
 
 def joined(arrays, dtype=torch.int64):

@@ -158,9 +158,10 @@ OPEN, DROPPED, ACCEPTED = 0, 1, 2
 
 def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompts_per_step,
                  group_size, temperature, max_response_tokens, top_p=1.0, oversample=1.0,
-                 max_rounds=8, dynamic_sampling=True, shuffle=True, tp=1, anchors=0,
-                 anchor_mode="replace", anchor_hard_only=False, end=None, progress=False):
-    """Groups of graded responses until `prompts_per_step` of them have both outcomes ([DAPO]).
+                 max_rounds=8, dynamic_sampling=True, wanted=mixed, shuffle=True, tp=1,
+                 anchors=0, anchor_mode="replace", anchor_hard_only=False, end=None,
+                 progress=False):
+    """Groups of graded responses until `prompts_per_step` of them are `wanted` ([DAPO]).
 
     Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
     ranks) counts. In work at once are `oversample` times the missing ones (inf: as many as fill
@@ -226,9 +227,9 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                 break
             # issue prompts, each to the engine with the fewest
             missing = prompts_per_step - np.count_nonzero(state == ACCEPTED)
-            wanted = math.ceil(min(oversample * missing, room)) if missing > 0 else 0
+            most = math.ceil(min(oversample * missing, room)) if missing > 0 else 0
             load = np.bincount([owner[i] for i in is_open], minlength=engines)
-            for i in range(len(owner), min(max_prompts, len(owner) + wanted - len(is_open))):
+            for i in range(len(owner), min(max_prompts, len(owner) + most - len(is_open))):
                 owner.append(int(load.argmin()))
                 load[owner[i]] += 1
                 if owner[i] == mine:
@@ -247,8 +248,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
             while grading and (waits or grading[0].done()):
                 for i, group in grading.pop(0).result():
                     graded[i] = group
-                    wanted = not dynamic_sampling or mixed(group)
-                    state[i] = ACCEPTED if wanted else DROPPED
+                    state[i] = DROPPED if dynamic_sampling and not wanted(group) else ACCEPTED
             dist.all_reduce(torch.from_numpy(state), dist.ReduceOp.MAX)
 
     bar.close()

@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 import advantages
 import data
+import losses
 import model_utils
 import runs
-from advantages import Old, policy_loss, token_advantages
+from advantages import Old, response_advantages, token_advantages
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from figures import Clock, Figures, step_line
 from judge import judge_step, longest_question, open_judge, read_cache
+from losses import policy_loss
 from memory import estimate_memory, vllm_share
 from plot import plot_curves
 from rollout import mixed
@@ -60,8 +62,13 @@ variant = "grpo"              # one of advantages.VARIANTS, see advantages.token
 nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct response; -inf: all
 nthr_eta = None               # left of a selected token's advantage; None: 2|0.5-p|, or ETAS
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
-advantage_norm = "std"        # (r - mean) / std, or "mean": r - mean (Dr.GRPO)
-loss_norm = "group"           # "group" (eq. 1), "token" (DAPO), "constant" (Dr.GRPO): token_weights
+thr_p = 0.0                   # of thr: 0.1 exploits, -0.1 explores
+thr_tau = "min"               # over correct responses, or "mean"
+entropy_share = 0.2           # of entropy_top: tokens of a group that keep their advantage
+advantage_norm = "std"        # (r - mean) / std, "mean": r - mean (Dr.GRPO), "sign": 1 or -1 (NSR)
+loss = "clip"                 # one of losses.LOSSES, see losses.policy_loss
+loss_norm = "group"           # "group" (eq. 1), "response", "token", "constant": token_weights
+llds = 0.0                    # times LLDS's penalty on likelihood lost; needs several updates
 pos_weight = 1.0              # times the advantages of correct responses
 neg_weight = 1.0              # times those of incorrect ones
 clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
@@ -76,7 +83,7 @@ delta = 3.0                   # points of 1 to 10 that tell a response from thos
 anchors = 0                   # demonstrations in a group, 0 or 1
 anchor_mode = "replace"       # "replace" one of the group_size rollouts, or "add" to them
 anchor_hard_only = False      # only in groups without a correct rollout
-anchor_loss = "luffy"         # of their tokens: "luffy" or "logp": advantages.anchor_losses
+anchor_loss = "luffy"         # of their tokens: "luffy" or "logp": losses.anchor_losses
 # optimization
 max_steps = 100               # steps in all, those before a resume included
 prompts_per_update = 32       # prompts of a mini-batch, all ranks; divides prompts_per_step
@@ -108,14 +115,16 @@ DTYPES = ("auto", "float32", "bfloat16")
 check(
     config,
     dict(variant=advantages.VARIANTS, nthr_eta=(*advantages.ETAS, float),
-         nthr_vocab=("response", "full"), advantage_norm=("std", "mean"),
-         loss_norm=("group", "token", "constant"), anchors=(0, 1), anchor_mode=("replace", "add"),
-         anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"), compute_dtype=DTYPES,
-         rollout_dtype=DTYPES, param_dtype=DTYPES[1:]),
+         nthr_vocab=("response", "full"), thr_tau=("min", "mean"),
+         advantage_norm=("std", "mean", "sign"), loss=losses.LOSSES,
+         loss_norm=("group", "response", "token", "constant"), anchors=(0, 1),
+         anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
+         compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:]),
     above_zero="prompts_per_step prompts_per_update max_response_tokens max_steps temperature "
-               "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds tp",
+               "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds tp "
+               "entropy_share",
     not_negative="eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high "
-                 "grad_clip weight_decay samples_per_step seed tis_cap",
+                 "grad_clip weight_decay samples_per_step seed tis_cap llds",
     count="max_num_seqs",
     text="eval_dataset data_dir system_prompt demos judge_model wandb_project",
     infinite="nthr_beta oversample clip_high tis_cap grad_clip")
@@ -125,6 +134,10 @@ if group_size < 2:
     die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
 if oversample < 1:
     die(f"oversample: {oversample} is too small")
+if entropy_share > 1:
+    die(f"entropy_share: {entropy_share} is over 1, all tokens")
+if llds and prompts_per_update == prompts_per_step:
+    die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
 if not 0 < delta <= 9:
     die(f"delta: {delta} is not in (0, 9], the differences of scores from 1 to 10")
 if judge not in ("rubric", "self") and not judge.startswith(("http://", "https://")):
@@ -222,6 +235,7 @@ log = runs.open_log(out_dir, config, wandb_project) if is_rank0() else None
 
 # the settings that these functions take, by name
 of_sampling = settings_for(rollout.sample_batch, config)
+of_response = settings_for(response_advantages, config)
 of_variant = settings_for(token_advantages, config)
 of_loss = settings_for(policy_loss, config)
 
@@ -230,6 +244,11 @@ def head_for_scores():
     """The LM head (V, d), whole, for variants whose scores need it: of the weights as they are."""
     if variant in advantages.SCORED:
         return model_utils.full(policy.model.get_output_embeddings().weight.detach())
+
+
+def has_signal(group):
+    """Has a response of the group an advantage? Other groups are idle."""
+    return bool(response_advantages(group, **of_response).any())
 
 
 def ask_old_policy(unit, outs, head, figures):
@@ -276,7 +295,7 @@ def sample_rows(step, groups):
     """Rows of samples.jsonl: the first responses of the groups, with the judge's scores if any."""
     rows = []
     for g in groups[:samples_per_step]:
-        advantage = advantages.group_advantages(g.reward, advantage_norm)
+        advantage = response_advantages(g, **of_response)
         margin = advantages.dagrpo_margins(g.score, advantage)
         prompt = tokenizer.decode(g.prompt)
         for i, text in enumerate(g.texts):
@@ -328,7 +347,7 @@ while True:
 
     # ---- rollout: every rank samples a share, then holds every group
     groups, sampled, position, wasted = rollout.sample_batch(
-        engine, tokenizer, problems, prompts, position, end=end, **of_sampling)
+        engine, tokenizer, problems, prompts, position, wanted=has_signal, end=end, **of_sampling)
     clock.lap("rollout")
 
     # ---- judge, while the engine is awake; groups without both outcomes need no scores
@@ -341,14 +360,14 @@ while True:
     clock.lap("judge")
 
     # ---- pack: an update is a list of units of micro-batches, this rank's share of a mini-batch.
-    # Groups with one outcome count in the loss, but without KL they have no gradient: not computed
+    # Idle groups count in the weights, but without a regulariser they have no gradient
     updates = []
     for first in range(0, len(groups), prompts_per_update):
         mini_batch = groups[first:first + prompts_per_update]
-        weights = advantages.token_weights(mini_batch, loss_norm, max_response_tokens)
+        weights = losses.token_weights(mini_batch, loss_norm, max_response_tokens)
         for group, weight in zip(mini_batch, weights):
-            group.weight = weight
-        live = [g for g in mini_batch if kl_coef or mixed(g)]
+            group.weight, group.update_tokens = weight, sum(sum(g.lengths) for g in mini_batch)
+        live = [g for g in mini_batch if kl_coef or llds or has_signal(g)]
         updates.append(model_utils.pack_update(live, tokens_per_micro_batch, bool(updates), device))
 
     # ---- old policy: later updates, and groups that are cut, take a pass before the weights move;
@@ -374,9 +393,9 @@ while True:
                 if not unit.early:
                     ask_old_policy(unit, [out], head, figures)
                 logp, entropy, *_ = out
-                loss = policy_loss(logp, batch, figures=figures, **of_loss)
-                (loss * world_size).backward()  # gradients are averaged; the loss is a sum
-                figures.sum("train/loss", loss / len(updates))
+                batch_loss = policy_loss(logp, batch, figures=figures, **of_loss)
+                (batch_loss * world_size).backward()  # gradients are averaged; the loss is a sum
+                figures.sum("train/loss", batch_loss / len(updates))
                 figures.mean("train/entropy", entropy, where=~batch.is_anchor)
                 figures.sum("train/tokens", ~batch.is_anchor)
                 figures.sum("packed", batch.input_ids.numel())
@@ -387,7 +406,7 @@ while True:
                     figures.mean("displacement/fell", moved < 0, where=batch.correct)
         figures.mean("train/grad_norm", model_utils.optimizer_step(net, optimizer, grad_clip))
     # vLLM wants the room
-    updates = update = units = unit = batch = out = logp = entropy = loss = head = None
+    updates = update = units = unit = batch = out = logp = entropy = batch_loss = head = None
     clock.lap("update")
 
     # ---- sync

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import advantages
+import losses
 import model_utils
 import runs
 from data import Group
@@ -62,7 +62,7 @@ def replay(steps, *flags, probes=()):
     """
     updates, upcoming = [], iter(steps)
     loss, per_token = [0.0], []
-    given_loss, given_step = advantages.policy_loss, model_utils.optimizer_step
+    given_loss, given_step = losses.policy_loss, model_utils.optimizer_step
 
     def sample_batch(*args, **kwargs):
         groups = next(upcoming)
@@ -93,7 +93,7 @@ def replay(steps, *flags, probes=()):
     sys.argv = ["train.py", f"--max_steps={len(steps)}", "--eval_every=0", *flags]
     with (replaced(rollout, build_engine=nothing, sample_batch=sample_batch, sync_weights=nothing,
                    sleep_engine=nothing, generate_all_ranks=lambda *args, **kwargs: steps[-1]),
-          replaced(advantages, policy_loss=policy_loss),
+          replaced(losses, policy_loss=policy_loss),
           replaced(model_utils, optimizer_step=optimizer_step),
           replaced(runs, save_checkpoint=nothing)):
         scope = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -1,8 +1,7 @@
-"""Advantages, scores, masks and the loss against the formulas, brute force and autograd."""
+"""Advantages, scores and masks against the formulas, brute force and autograd."""
 import math
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ from test_runs import over_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import advantages
-from advantages import Old, influence, nthr_select, policy_loss, token_advantages
+from advantages import Old, as_many, influence, nthr_select, token_advantages
 from figures import Figures
+from losses import LOSSES, policy_loss
 from model_utils import Policy, load_policy
 
 D, V = 7, 19
@@ -35,7 +35,8 @@ def make_case(reward, lengths, seed=0, temperature=1.0, **fields):
     y = torch.from_numpy(np.concatenate(responses))
     h, head = draw(seed, len(y), D), draw(seed + 1, V, D)
     logp, lse = loglik(h, head, y, temperature), (h @ head.T / temperature).logsumexp(-1)
-    old = Old(logp, logp, h, lse, head, temperature)
+    log_pi = (h @ head.T / temperature).log_softmax(-1)
+    old = Old(logp, -(log_pi.exp() * log_pi).sum(-1), h, lse, head, temperature)
     return group, old, y, torch.from_numpy(np.repeat(group.reward == 1, lengths))
 
 
@@ -48,12 +49,14 @@ def test_group_advantages_are_p_plus_and_p_minus():
         for norm, divisor in (("mean", 1), ("std", scale)):
             got = advantages.group_advantages(reward, norm)
             assert got == pytest.approx(want / divisor, abs=1e-12)
+        signs = advantages.group_advantages(reward, "sign")
+        assert signs.tolist() == [1 if r else -1 for r in reward]  # whatever the others are
     anchored = advantages.group_advantages(np.array([0.0] * 7 + [1]), "mean")  # it counts, too
     assert anchored == pytest.approx([-1 / 8] * 7 + [7 / 8])
 
 
 @pytest.mark.parametrize("reward", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
-@pytest.mark.parametrize("norm", ["std", "mean"])
+@pytest.mark.parametrize("norm", ["std", "mean", "sign"])
 def test_weights_pos_only_and_dagrpo(reward, norm):
     lengths = [3, 1, 4, 2]
     group, old, _, right = make_case(reward, lengths, score=np.array([9.0, 6.0, 6.1, 1.0]))
@@ -63,6 +66,8 @@ def test_weights_pos_only_and_dagrpo(reward, norm):
         assert token_advantages(variant, group, old, norm).numpy() == pytest.approx(kept * a)
         weighted = token_advantages(variant, group, old, norm, 0.3, 2.0).numpy()
         assert weighted == pytest.approx(np.where(right, 0.3, 2) * kept * a)
+    signal = advantages.response_advantages(group, norm, 0.0, 1.0).any()  # NSR: of wrong ones alone
+    assert signal == (0 in reward if norm == "sign" else 0 < sum(reward) < 4)
 
 
 @pytest.mark.parametrize("variant, vocab", [
@@ -80,7 +85,7 @@ def test_nthr_and_random(variant, vocab, eta, of_p, monkeypatch):
         picked, tau = nthr_select(s, group, 0.1)
         assert picked.any() == (0 < p < 1)
         if variant == "random":
-            picked = advantages.random_like(picked, lengths, i)
+            picked = as_many(picked, uniform(len(picked), i), lengths)
         a = np.repeat(advantages.group_advantages(group.reward), lengths)
         got = token_advantages(variant, group, old, nthr_beta=0.1, nthr_eta=eta, nthr_vocab=vocab,
                                figures=ranks[i % 2])
@@ -94,32 +99,76 @@ def test_nthr_and_random(variant, vocab, eta, of_p, monkeypatch):
         "nthr/s_others": s[picked == 0].mean(), "nthr/tau_negative": negative, "nthr/eta": etas})
 
 
+def uniform(count, seed):
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
 def test_random_takes_as_many_tokens_uniformly_and_by_its_seed_alone():
     lengths, selected = [5, 1, 8, 1, 30], draw(0, 45) < -0.2
     selected[:5], selected[5] = False, True
     shares = [x.double().mean() for x in selected.split(lengths)]
-    drawn = [advantages.random_like(selected, lengths, seed) for seed in range(300)]
+    drawn = [as_many(selected, uniform(45, seed), lengths) for seed in range(300)]
     for want, got in zip(shares, torch.stack(drawn).double().split(lengths, dim=1)):
         assert torch.allclose(got.mean(1), want) and (got.mean(0) - want).abs().max() < 0.15
-    torch.manual_seed(5)
-    assert torch.equal(drawn[7], advantages.random_like(selected, lengths, 7))
 
 
-def test_weights_are_eq_1_and_the_other_normalisations():
-    """Two groups of two: one token right, three wrong; two right, two wrong. A = +-1 or +-1/2.
+@pytest.mark.parametrize("variant", ["spare_entropy", "spare_logp"])
+def test_controls_spare_as_many_tokens_as_nthr(variant):
+    for i, reward in enumerate(([1, 0, 0], [0, 0], [1, 1], [0, 1, 0], [1, 0, 1])):
+        lengths = [5, 9, 30][:len(reward)]
+        group, old, y, right = make_case(reward, lengths, i)
+        selected, _ = nthr_select(influence(old, y.numpy(), right.numpy()), group, 0.1)
+        by = (old.entropy if variant == "spare_entropy" else -old.logp).tolist()
+        want, first = np.repeat(advantages.group_advantages(group.reward), lengths), 0
+        for n in lengths:
+            count = int(selected[first:first + n].sum())
+            for t in sorted(range(first, first + n), key=lambda t: -by[t])[:count]:
+                want[t] *= 0.3
+            first += n
+        got = token_advantages(variant, group, old, nthr_beta=0.1, nthr_eta=0.3)
+        assert got.numpy() == pytest.approx(want)
 
-    eq. 1:    -((1 - 3) / 4 + (2 - 2) / 4) / 2                           = 1/4
-    DAPO:     -(1 - 3 + 2 - 2) / 8                                       = 1/4
-    Dr.GRPO:  -(1/2 - 3/2 + 1 - 1) / (2 responses x 5 at most x 2 groups) = 1/20"""
-    def loss(lengths, norm="std", loss_norm="group"):
-        groups = [make_group([1], [range(n) for n in of_group], [1, 0]) for of_group in lengths]
-        sums = [advantages.group_advantages(g.reward, norm) @ g.lengths for g in groups]
-        return pytest.approx(-np.dot(advantages.token_weights(groups, loss_norm, 5), sums))
 
-    assert loss([[1, 3], [2, 2]]) == 1 / 4 == loss([[1, 3], [2, 2]], "std", "token")
-    assert loss([[1, 3], [2, 2]], "mean", "constant") == 1 / 20
-    # groups of different lengths tell eq. 1 from DAPO
-    assert loss([[1, 3], [1, 1]]) == 1 / 4 and loss([[1, 3], [1, 1]], "std", "token") == 1 / 3
+@pytest.mark.parametrize("thr_tau", ["min", "mean"])
+@pytest.mark.parametrize("thr_p", [0.1, 0.0, -0.1])
+@pytest.mark.parametrize("reward, lengths", [
+    ([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 1], [1, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [2, 1, 4])])
+def test_thr_token_by_token(reward, lengths, thr_p, thr_tau):
+    """A 1[|THR_t| > tau] (1 + p sign THR_t), THR_t = +-sum_i 1/|y_i| sum_{k in y_i} <..>, by
+    response i; without a correct response nothing is dominant. `sign` leaves them an advantage."""
+    taus = set()
+    for seed in range(8):
+        group, old, y, right = make_case(reward, lengths, seed)
+        s, at = torch.zeros(len(y), dtype=torch.float64), np.cumsum([0, *lengths])
+        for i in np.flatnonzero(group.reward):
+            source = torch.zeros(len(y), dtype=torch.bool)
+            source[at[i]:at[i + 1]] = True
+            s += eq_7(old, y, source, "response") / lengths[i]
+        means = [s[at[i]:at[i + 1]].mean().item() for i in np.flatnonzero(group.reward)]
+        tau = math.inf if not means else min(means) if thr_tau == "min" else np.mean(means)
+        a = np.repeat(advantages.group_advantages(group.reward, "sign"), lengths)
+        want = []
+        for t in range(len(y)):
+            thr = s[t].item() * (1 if right[t] else -1)
+            want.append(a[t] * (abs(thr) > tau) * (1 + thr_p * np.sign(thr)))
+        got = token_advantages("thr", group, old, "sign", thr_p=thr_p, thr_tau=thr_tau)
+        assert got.numpy() == pytest.approx(np.array(want), rel=1e-6)
+        taus.add(np.sign(tau))
+    assert means or not got.any()
+    assert len(taus) == 1 or taus == {-1, 1}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
+def test_entropy_top_is_of_the_whole_group(share):
+    group, old, *_ = make_case([1, 0, 1, 0], [3, 4, 2, 1], 5)
+    old.entropy[:4] = 9.0  # of equals the first
+    order = sorted(range(10), key=lambda t: -old.entropy[t].item())
+    kept = np.isin(np.arange(10), order[:math.ceil(share * 10)])
+    a = np.repeat(advantages.group_advantages(group.reward), [3, 4, 2, 1])
+    got = token_advantages("entropy_top", group, old, entropy_share=share).numpy()
+    assert got == pytest.approx(np.where(kept, a, 0)) and 1 <= kept.sum() <= 10
+    one, old, *_ = make_case([1, 0], [1, 1], 5)
+    assert (token_advantages("entropy_top", one, old).numpy() != 0).sum() == 1
 
 
 def eq_7(old, y, source, vocab):
@@ -244,11 +293,13 @@ def test_nothing_in_a_micro_batch_waits_for_the_gpu(model_dir, monkeypatch):
     outs = Policy(model, torch.float32)(batch, 1.0)
     batch.old_logp = batch.ref_logp = outs[0].detach()
     of_group = list(zip(groups, *(x.detach().split([15, 4]) for x in outs)))
-    for variant in ("nthr", "random", "dagrpo"):
+    for variant in advantages.VARIANTS:
         batch.advantage = torch.cat([
             token_advantages(variant, group, Old(*x, model.lm_head.weight), figures=figures)
             for group, *x in of_group])
-        policy_loss(outs[0], batch, 0.2, 0.2, 0.1, 2.0, figures=figures).backward(retain_graph=True)
+        for loss in LOSSES:
+            policy_loss(outs[0], batch, loss, kl_coef=0.1, tis_cap=2.0, llds=0.2,
+                        figures=figures).backward(retain_graph=True)
     assert all(p.grad.is_meta for p in model.parameters())
 
 
@@ -274,47 +325,6 @@ def test_margins(scores, a, margins, mask):
     scores, a = np.array(scores), np.array(a)
     assert advantages.dagrpo_margins(scores, a) == pytest.approx(np.array(margins), nan_ok=True)
     assert advantages.dagrpo_masks(scores, a).tolist() == mask
-
-
-@pytest.mark.parametrize("form", ["luffy", "logp"])
-@pytest.mark.parametrize("tis_cap, kl_coef", [(0.0, 0.0), (1.5, 0.0), (1.5, 0.05), (0.0, 0.05)])
-def test_loss_against_its_definition(form, tis_cap, kl_coef, monkeypatch):
-    """Value, gradient and figures by hand. Anchors' other log-probabilities must not matter."""
-    x, a, w, anchor = -draw(0, 200).abs(), draw(1, 200).round(), draw(2, 200), draw(3, 200) < -0.5
-    old, ref, rollout = (x + scale * draw(4 + i, 200) for i, scale in enumerate((0.3, 1, 0.5)))
-    for nonsense, of_anchor in enumerate((-2000.0, math.inf, 0.0, -math.inf)):
-        for value in (old, ref, rollout):
-            value[anchor & (torch.arange(200) % 4 == nonsense)] = of_anchor
-    batch = SimpleNamespace(old_logp=old, advantage=a, weight=w, is_anchor=anchor, ref_logp=ref,
-                            rollout_logp=rollout)
-    logp, figures = x.clone().requires_grad_(), Figures("cpu")
-    loss = policy_loss(logp, batch, 0.1, 0.3, kl_coef, tis_cap, form, figures)
-    got = torch.autograd.grad(loss, logp)[0].numpy()
-    adv, log_ratio, gap, d = (v[~anchor].numpy() for v in (a, x - old, old - rollout, ref - x))
-    x, a, w, anchor = (v.numpy() for v in (x, a, w, anchor))
-    ratio, importance, kl, gap = np.exp(log_ratio), np.exp(gap), np.exp(d) - d - 1, abs(gap)
-    cut = (adv > 0) & (ratio > 1.3) | (adv < 0) & (ratio < 0.9)
-    cap = importance.clip(max=tis_cap) if tis_cap else 1
-    value, slope, pi = np.zeros(200), np.zeros(200), np.exp(x[anchor])
-    value[~anchor] = -cap * np.minimum(ratio * adv, ratio.clip(0.9, 1.3) * adv) + kl_coef * kl
-    slope[~anchor] = -cap * ratio * adv * ~cut + kl_coef * (1 - np.exp(d))
-    value[anchor] = -a[anchor] * (x[anchor] if form == "logp" else pi / (pi + 0.1))
-    slope[anchor] = -a[anchor] * (1 if form == "logp" else 0.1 * pi / (pi + 0.1)**2)
-    assert loss.item() == pytest.approx(w @ value) and got == pytest.approx(w * slope, abs=1e-12)
-    assert kl_coef or (got[a == 0] == 0).all()  # exactly no gradient
-    assert cut.sum() > 9 and (importance > 1.5).sum() > 9
-    of_step = {"train/clip_fraction": cut.mean(), "train/kl_old": (ratio - log_ratio - 1).mean(),
-               "gap/mean": gap.mean(), "gap/max": gap.max(), "anchor/logp": x[anchor].mean(),
-               "gap/importance": importance.mean(), "gap/importance_max": importance.max()}
-    of_step |= {"train/kl": kl.mean()} if kl_coef else {}
-    of_step |= {"gap/importance_cut": (importance > tis_cap).mean()} if tis_cap else {}
-    assert over_ranks(monkeypatch, figures) == pytest.approx(of_step)
-
-
-def test_kl_estimates_kl():
-    p, q = draw(0, 6).log_softmax(0), draw(1, 6).log_softmax(0)
-    assert (advantages.kl_k3(p, q) >= 0).all() and (advantages.kl_k3(p, p) == 0).all()
-    assert torch.allclose((p.exp() * advantages.kl_k3(p, q)).sum(), (p.exp() * (p - q)).sum())
 
 
 def test_masked_groups_and_their_figures(monkeypatch):

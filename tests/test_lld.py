@@ -36,18 +36,17 @@ def ask(model, group):
         yield out.hidden_states[-1][0, at], logp, torch.tensor(response)
 
 
-def log_likelihoods(model, group):
-    return [logp[range(len(y)), y] for _, logp, y in ask(model, group)]
-
-
 @pytest.mark.parametrize("variant", ["grpo", "pos_only", "nthr"])
 def test_delta_is_one_update_of_a_plain_model(out, plain, variant):
     """The gradient of eq. 1, torch's own AdamW and clipping, and the likelihoods after it."""
     group, row = rows(out / "groups.jsonl")[0], rows(out / "questions.jsonl")[0]
     rewards = torch.tensor(group["rewards"])
     advantage = (rewards - rewards.mean()) / rewards.std(correction=0)
-    before = log_likelihoods(plain, group)
-    loss = 0.0
+
+    def log_likelihoods():
+        return [logp[range(len(y)), y] for _, logp, y in ask(plain, group)]
+
+    before, loss = log_likelihoods(), 0.0
     for a, logp, spared in zip(advantage, before, row["selected_tokens"]):
         counts = 1 - torch.tensor(spared).float() * (variant == "nthr")
         if a > 0 or variant != "pos_only":
@@ -56,7 +55,7 @@ def test_delta_is_one_update_of_a_plain_model(out, plain, variant):
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     torch.optim.AdamW(plain.parameters(), lr=1e-5, weight_decay=0.0).step()
     with torch.no_grad():
-        change = [(x - y).sum() for x, y in zip(log_likelihoods(plain, group), before)]
+        change = [(x - y).sum() for x, y in zip(log_likelihoods(), before)]
     for key, reward in (("delta", 1), ("incorrect", 0)):
         mean = torch.stack(change)[rewards == reward].mean().item()
         assert row[f"{key}_{variant}"] == pytest.approx(mean, rel=1e-2, abs=1e-2)
@@ -80,12 +79,11 @@ def test_scores_from_the_token_ids(out, plain):
         assert row["tau"] == pytest.approx(0.3 * min(s[i].mean().item() for i in right), rel=1e-2)
         selected = [[i in wrong and x > row["tau"] for x in row["s"][i]] for i in range(4)]
         assert row["selected_tokens"] == selected
-        count = sum(len(tokens[i]) for i in wrong)
-        assert row["selected"] == pytest.approx(sum(map(sum, selected)) / count)
-        p = len(right) / 4
+        count, p = sum(len(tokens[i]) for i in wrong), len(right) / 4
+        assert row["selected"] == pytest.approx(sum(map(sum, selected)) / count) and row["p"] == p
         each = [p * negative[i].sum() - (1 - p) * exact[i].sum() for i in right]
         mean = torch.stack(each).mean().item() / (p * (1 - p))**0.5
-        assert row["p"] == p and row["gwhes"] == pytest.approx(mean, rel=1e-2)
+        assert row["gwhes"] == pytest.approx(mean, rel=1e-2)
 
 
 def test_summary_pictures_and_page(out):

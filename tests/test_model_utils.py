@@ -21,7 +21,7 @@ def make_group(prompt, responses, reward=None, **fields):
         rollout_logp=[-np.array(r, dtype=np.float32) for r in responses], texts=[""] * size,
         truncated=np.zeros(size, dtype=bool), is_anchor=np.zeros(size, dtype=bool),
         reward=np.array(np.arange(size) % 2 if reward is None else reward, dtype=np.float32),
-        score=np.full(size, np.nan)) | fields)
+        score=np.full(size, np.nan), weight=np.zeros(size)) | fields)
 
 
 def random_groups(vocab, sizes, prefix=0):
@@ -91,7 +91,7 @@ def test_packed_logprobs_are_those_of_single_sequences(model_dir):
 def test_units_keep_order_and_budget(budget):
     groups = random_groups(100, [*SIZES, (50, [60, 1])])
     for i, g in enumerate(groups):
-        g.weight, g.is_anchor = i / 4, g.reward == i % 2
+        g.weight, g.is_anchor = i / 4 + g.reward, g.reward == i % 2
     units = pack_units(groups, budget)
     batches = [b for unit in units for b in unit.batches]
     assert [id(g) for unit in units for g in unit.groups] == [id(g) for g in groups]
@@ -106,9 +106,9 @@ def test_units_keep_order_and_budget(budget):
 
 
 def test_layout_and_common_prefix_by_hand():
-    anchor = dict(reward=[1, 1], is_anchor=np.array([True, False]), weight=0.5)
+    anchor = dict(reward=[1, 1], is_anchor=np.array([True, False]), weight=[0.5, 0.25])
     b = pack([make_group([7, 8, 9], [[1, 2], [3]], **anchor), make_group([7, 8, 6], [[4]])])
-    assert b.rollout_logp.tolist() == [-1, -2, -3, -4] and b.weight.tolist() == [0.5, 0.5, 0.5, 0]
+    assert b.rollout_logp.tolist() == [-1, -2, -3, -4] and b.weight.tolist() == [0.5, 0.5, 0.25, 0]
     assert b.is_anchor.tolist() == [1, 1, 0, 0] and b.correct.tolist() == [0, 1, 0]
     assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 6, 4]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 2, 3]]

@@ -1,0 +1,126 @@
+"""The loss of a micro-batch: what each token weighs, ratios and clips, anchors, regularisers.
+
+    weights = token_weights(groups, ...)        once an update, from counts over all ranks
+    loss = policy_loss(logp, micro_batch, ...)  a sum over tokens: micro-batches and ranks add up
+
+[NTHR] is arXiv 2505.18830, [LLDS] 2512.04220, [DaGRPO] 2512.06337, [GSPO] 2507.18071, [CISPO]
+2506.13585, [LUFFY] 2504.14945, [DrGRPO] 2503.20783, [DAPO] 2503.14476, [TIS] Yao et al. 2025, "Your
+efficient RL framework secretly brings you off-policy RL training".
+"""
+import numpy as np
+import torch
+
+LOSSES = ("clip", "gspo", "cispo")
+
+
+def token_weights(groups, loss_norm="group", max_response_tokens=None):
+    """The weight in the loss of the tokens of each response: a list of arrays (G,), one a group.
+
+    The loss is the weighted sum over all micro-batches and ranks; groups: all of an update, on all
+    ranks. loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "response": 1 /
+    (tokens of the response x responses of the group x groups), GRPO's first form and [GSPO].
+    "token": 1 / tokens of the update, [DAPO]. "constant": 1 / (responses of the group x
+    max_response_tokens x groups), [DrGRPO], [DaGRPO].
+    """
+    update = sum(sum(g.lengths) for g in groups)
+
+    def divisor(g):
+        tokens, size = np.array(g.lengths), len(g.responses)
+        if loss_norm == "token":
+            return update
+        if loss_norm == "constant":
+            return size * max_response_tokens * len(groups)
+        return (tokens * size if loss_norm == "response" else tokens.sum()) * len(groups)
+
+    return [1 / (divisor(g) * np.ones(len(g.responses))) for g in groups]
+
+
+def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, tis_cap=0.0,
+                llds=0.0, anchor_loss="luffy", figures=None):
+    """The loss of a micro-batch's n response tokens, a weighted sum: ().
+
+    Rollout tokens, with A and ratio = pi / pi_old as in PPO ([NTHR] eq. 1):
+    clip   max(-A ratio, -A clip(ratio))
+    gspo   the same with the response's geometric mean of the ratios, whose gradient is taken token
+           by token ([GSPO], GSPO-token): the same as GSPO where A is one number a response
+    cispo  -A clip(ratio) logp, clip(ratio) a constant: no token's gradient is cut off ([CISPO])
+    times the truncated importance min(pi_old / pi_rollout, tis_cap) if tis_cap ([TIS]), plus
+    kl_coef times KL to the reference model, plus llds times `llds_penalty`. Anchor tokens, which
+    the policy did not sample: see anchor_losses.
+
+    logp (n,), with gradient; batch: its old_logp, advantage, weight, is_anchor, response (n,),
+    rollout_logp for tis_cap, ref_logp for kl_coef. clip_high > clip_low is clip-higher ([DAPO]).
+    """
+    sampled = ~batch.is_anchor
+    A = batch.advantage
+    old_logp = torch.where(sampled, batch.old_logp, logp.detach())
+    ratio = (logp - old_logp).exp()
+    if loss == "gspo":  # a micro-batch has whole responses
+        means = per_response(logp.detach() - old_logp, batch)
+        means = means / per_response(torch.ones_like(means), batch)
+        ratio = means.exp() * (logp - logp.detach()).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    cut_off = -A * clipped > -A * ratio
+    if loss == "cispo":
+        losses = -A * clipped.detach() * logp
+    else:
+        losses = torch.maximum(-A * ratio, -A * clipped)
+
+    importance = (batch.old_logp - batch.rollout_logp).where(sampled, 0).exp()
+    if tis_cap:
+        losses = losses * importance.clamp(max=tis_cap)
+    if kl_coef:
+        kl = kl_k3(logp, torch.where(sampled, batch.ref_logp, logp.detach()))
+        losses = losses + kl_coef * kl
+    losses = torch.where(sampled, losses, anchor_losses(logp, A, anchor_loss))
+    total = (batch.weight * losses).sum()
+    if llds:
+        total = total + llds * llds_penalty(logp, old_logp, batch)
+
+    if figures is not None:
+        gap = (batch.old_logp - batch.rollout_logp).abs()
+        figures.mean("train/clip_fraction", cut_off, where=sampled)
+        figures.mean("train/kl_old", kl_k3(old_logp, logp.detach()), where=sampled)
+        figures.mean("gap/mean", gap, where=sampled)
+        figures.max("gap/max", gap, where=sampled)
+        figures.mean("gap/importance", importance, where=sampled)
+        figures.max("gap/importance_max", importance, where=sampled)
+        figures.mean("anchor/logp", logp.detach(), where=batch.is_anchor)
+        if kl_coef:
+            figures.mean("train/kl", kl.detach(), where=sampled)
+        if tis_cap:
+            figures.mean("gap/importance_cut", importance > tis_cap, where=sampled)
+    return total
+
+
+def per_response(x, batch):
+    """Sums of x (n,) over each token's response, at each token: (n,)."""
+    sums = x.new_zeros(len(batch.correct)).index_add(0, batch.response, x)
+    return sums.index_select(0, batch.response)
+
+
+def llds_penalty(logp, old_logp, batch):
+    """Likelihood that tokens with A >= 0 lost since they were sampled, per token of the update, ().
+
+    [LLDS], response gate: sum of max(0, old_logp - logp) over the tokens of responses that lost
+    likelihood as a whole, / batch.update_tokens. 0 before the step's second update.
+    """
+    lost = old_logp - logp
+    counts = (batch.advantage >= 0) & (per_response(lost.detach(), batch) > 0)
+    return lost.clamp(min=0).where(counts, 0).sum() / max(1, batch.update_tokens)
+
+
+def anchor_losses(logp, advantage, form="luffy", gamma=0.1):
+    """Loss of demonstrations' tokens, without ratio, clip and KL. All (n,).
+
+    "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi
+    ([LUFFY] eq. 8). "logp": -A log pi, [DaGRPO] eq. 13 to the letter.
+    """
+    pi = logp.exp()
+    return -advantage * (logp if form == "logp" else pi / (pi + gamma))
+
+
+def kl_k3(logp, ref_logp):
+    """Per-token estimate of KL(pi || ref), never negative: exp(d) - d - 1, d = ref_logp - logp."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
