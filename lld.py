@@ -11,9 +11,11 @@ correct responses of ln pi'(y|x) - ln pi(y|x) (eq. 2).
 
 Leaves in out_dir: groups.jsonl (the sampled token ids), questions.jsonl (a row a question),
 summary.json and summary.md, delta.png (Figs. 1, 4), gwhes.png (Table 1), success.png, tokens.html
-(Fig. 3). Stopped and started again, it goes on; other settings of the update keep the samples.
+(Fig. 3), overlap.png (do NTHR, THR, entropy and likelihood pick the same tokens?). Stopped and
+started again, it goes on; other settings of the update keep the samples.
 """
 import copy
+import itertools
 import json
 from html import escape
 
@@ -27,7 +29,16 @@ import torch.distributed as dist
 from tqdm import trange
 
 import model_utils
-from advantages import Old, gwhes, influence, nthr_select, token_advantages
+from advantages import (
+    VARIANTS,
+    Old,
+    as_many,
+    gwhes,
+    influence,
+    nthr_select,
+    threshold,
+    token_advantages,
+)
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer
 from eval import bootstrap, rows_of_rank0, table
@@ -50,12 +61,17 @@ max_response_tokens = 512     # a response cut off here is incorrect
 oversample = 3.0              # questions in work at once / questions missing
 max_rounds = 8                # questions sampled at most / questions; then those there are
 # the update; a change of one of these measures anew
-variants = ("grpo", "pos_only", "random", "nthr")  # advantages.token_advantages
+variants = tuple(v for v in VARIANTS if v != "dagrpo")  # which needs a judge's scores
 nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct response; -inf: all
 nthr_eta = 0.0                # share of a selected token's advantage that is left
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
-advantage_norm = "std"        # as in train.py
-loss_norm = "group"           # as in train.py
+thr_p = 0.0                   # this and what follows as in train.py
+thr_tau = "min"
+entropy_share = 0.2
+advantage_norm = "std"
+pos_weight = 1.0
+neg_weight = 1.0
+loss_norm = "group"
 optimizer = "adamw"           # its first step, or "sgd"
 learning_rate = 1e-6
 weight_decay = 0.0
@@ -77,11 +93,12 @@ config = configure(globals())
 DTYPES = ("auto", "float32", "bfloat16")
 check(
     config,
-    dict(variants=["grpo", "pos_only", "random", "nthr"], optimizer=("adamw", "sgd"),
-         split=("train", "test"), nthr_vocab=("response", "full"), advantage_norm=("std", "mean"),
-         loss_norm=("group", "token", "constant"), compute_dtype=DTYPES[1:], rollout_dtype=DTYPES),
+    dict(variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
+         split=("train", "test"), nthr_vocab=("response", "full"), thr_tau=("min", "mean"),
+         advantage_norm=("std", "mean", "sign"), compute_dtype=DTYPES[1:], rollout_dtype=DTYPES,
+         loss_norm=("group", "response", "token", "constant")),
     above_zero="questions max_response_tokens max_rounds oversample temperature learning_rate "
-               "tokens_per_micro_batch",
+               "tokens_per_micro_batch entropy_share",
     not_negative="seed grad_clip weight_decay pages",
     count="max_num_seqs",
     text="data_dir system_prompt",
@@ -185,24 +202,40 @@ def measure(index):
         row[f"delta_{variant}"] = change[right].mean()
         row[f"incorrect_{variant}"] = change[~right].mean()
 
-    tokens, correct = np.concatenate(group.responses), np.repeat(right, group.lengths)  # (n,)
+    lengths = group.lengths
+    tokens, correct = np.concatenate(group.responses), np.repeat(right, lengths)  # (n,)
     s = influence(old, tokens, correct, nthr_vocab)
+    s_mean = influence(old, tokens, correct / np.repeat(lengths, lengths), nthr_vocab)
     exact = influence(old, tokens, correct, "full")
     negative = influence(old, tokens, ~correct, "full")
     selected, tau = nthr_select(s, group, nthr_beta)
     selected_exact, _ = nthr_select(exact, group, nthr_beta)
     wrong = torch.from_numpy(~correct).to(device)
-    ranks = torch.stack([s[wrong], exact[wrong]]).argsort(stable=True).argsort(stable=True)
-    correlation = torch.corrcoef(ranks.double())[0, 1]
+    of_tokens = {"s": s, "thr": torch.where(wrong, -s_mean, s_mean), "entropy": old.entropy,
+                 "surprisal": -old.logp, "selected_tokens": selected}
+    for key, x in of_tokens.items():
+        row[key] = [part.tolist() for part in x.split(lengths)]
+    # incorrect tokens that are picked: NTHR's, THR's negative ones, and as many as NTHR's by others
+    chance = torch.rand(len(s), generator=torch.Generator().manual_seed(index)).to(device)
+    by_thr = wrong & (s_mean > threshold(s_mean, group, nthr_beta, thr_tau))
+    others = [as_many(selected, x, lengths) for x in (old.entropy, -old.logp, chance)]
+    sets = torch.stack([selected, by_thr, *others]).double()
+    both, sizes = sets @ sets.T, sets.sum(1)
     return row | {
-        "s": [x.tolist() for x in s.split(group.lengths)],
-        "selected_tokens": [x.tolist() for x in selected.split(group.lengths)],
+        "jaccard": (both / (sizes + sizes[:, None] - both)).tolist(),
+        "correlation": spearman(s[wrong], s_mean[wrong], old.entropy[wrong], -old.logp[wrong]),
         "gwhes": gwhes(exact, negative, group).nanmean().item(),
         "tau": tau.item(),
         "selected": (selected.sum() / wrong.sum()).item(),
         "agreement": (selected == selected_exact)[wrong].double().mean().item(),
-        "rank_correlation": correlation.nan_to_num(1.0).item(),  # nan: a single token
+        "rank_correlation": spearman(s[wrong], exact[wrong])[0][1],
     }
+
+
+def spearman(*scores):
+    """Rank correlations of scores (n,): a list of lists, 1 for a single token."""
+    ranks = torch.stack(scores).argsort(stable=True).argsort(stable=True).double()
+    return torch.corrcoef(ranks).nan_to_num(1.0).tolist()
 
 
 for first in trange(len(done), len(groups), world_size, desc="lld", disable=not is_rank0()):
@@ -219,6 +252,10 @@ for first in trange(len(done), len(groups), world_size, desc="lld", disable=not 
 
 columns = {key: np.array([row[key] for row in done])
            for key, x in done[0].items() if isinstance(x, float)}
+
+
+OVERLAPS = {"jaccard": ("nthr", "thr < 0", "entropy", "logp", "random"),
+            "correlation": ("s", "-thr", "entropy", "-logp")}
 
 
 def summarize():
@@ -240,7 +277,26 @@ def summarize():
         if k <= len(done):
             name = f"{k} of {len(done)} of smallest delta_grpo, share among largest gwhes"
             figures[name] = np.isin(smallest[:k], largest[:k])
-    return {name: [float(x.mean()), *bootstrap([x], seed)] for name, x in figures.items()}
+    for what, names in OVERLAPS.items():
+        values = np.array([row[what] for row in done])
+        for i, j in itertools.combinations(range(len(names)), 2):
+            figures[f"{what}: {names[i]}, {names[j]}"] = values[:, i, j]
+    figures = {name: x[~np.isnan(x)] for name, x in figures.items()}  # NTHR may select nothing
+    return {name: [float(x.mean()), *bootstrap([x], seed)] for name, x in figures.items() if len(x)}
+
+
+def heat_map():
+    """Which tokens of incorrect responses the methods pick, and how their scores rank them."""
+    fig, axes = subplots(2)
+    for ax, (what, names) in zip(axes.flat, OVERLAPS.items()):
+        mean = np.nanmean([row[what] for row in done], axis=0)
+        ax.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
+        ax.set_xticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_title(what)
+        for (i, j), x in np.ndenumerate(mean):
+            ax.text(j, i, f"{x:.2f}", ha="center", va="center")
+    save_figure(fig, f"{out_dir}/overlap.png")
 
 
 def picture(name, xlabel, x=None):
@@ -267,12 +323,31 @@ u { text-decoration-thickness: 3px; text-underline-offset: 3px }
 <h1>Which tokens of wrong answers pull right ones down</h1>
 <div>The questions of smallest Delta(x). Red: s &gt; 0 (eq. 7), so a penalty on this token lowers
 the likelihood of the correct responses, a reward raises it; blue: the other way round. Underlined:
-NTHR spares it (s &gt; tau, in incorrect responses). Hover: s.</div>
+NTHR spares it (s &gt; tau, in incorrect responses). Hover: the value. Colour by <select id="by">
+<option>s<option>thr<option>entropy<option>surprisal</select></div>
+"""
+SCRIPT = """<script>
+function paint() {
+  for (const p of document.querySelectorAll("p")) {
+    const tokens = [...p.children]
+    const values = tokens.map(t => +t.dataset.v.split(" ")[by.selectedIndex])
+    const top = Math.max(...values.map(Math.abs)) || 1
+    tokens.forEach((t, i) => {
+      const color = values[i] > 0 ? "214, 40, 40" : "33, 102, 172"
+      t.style.background = `rgba(${color}, ${Math.abs(values[i]) / top})`
+      t.title = `${by.value} = ${values[i]}`
+    })
+  }
+}
+const by = document.getElementById("by")
+by.onchange = paint
+paint()
+</script>
 """
 
 
 def page():
-    """Prompts and responses as HTML, every token coloured by s (Fig. 3)."""
+    """Prompts and responses as HTML, every token coloured by one of its scores (Fig. 3)."""
     html = PAGE
     for row in sorted(done, key=lambda row: row["delta_grpo"])[:pages]:
         group = groups[row["question"]]
@@ -281,18 +356,16 @@ def page():
             f"tau = {row['tau']:.3g}</h2>\n"
             f"<p>{escape(tokenizer.decode(group['prompt']))}</p>\n"
         )
-        responses = zip(group["rewards"], group["responses"], row["s"], row["selected_tokens"])
+        responses = zip(group["rewards"], group["responses"], row["selected_tokens"], row["s"],
+                        row["thr"], row["entropy"], row["surprisal"])
         for reward, *tokens in responses:
             html += f"<div>{'correct' if reward else 'incorrect'}</div>\n<p>"
-            top = max(map(abs, tokens[1])) or 1.0
-            for token, s, spared in zip(*tokens):
+            for token, spared, *scores in zip(*tokens):
                 tag = "u" if spared else "span"
-                color = "214, 40, 40" if s > 0 else "33, 102, 172"
-                color = f"rgba({color}, {abs(s) / top:.2f})"
-                text = escape(tokenizer.decode([token]))
-                html += f'<{tag} style="background: {color}" title="s = {s:.4g}">{text}</{tag}>'
+                values = " ".join(f"{x:.4g}" for x in scores)
+                html += f'<{tag} data-v="{values}">{escape(tokenizer.decode([token]))}</{tag}>'
             html += "</p>\n"
-    return html
+    return html + SCRIPT
 
 
 if is_rank0():
@@ -304,6 +377,7 @@ if is_rank0():
     write_json(f"{out_dir}/summary.json", summary)
     write_whole(f"{out_dir}/summary.md", text)
     write_whole(f"{out_dir}/tokens.html", page())
+    heat_map()
     picture("delta", "questions, sorted for each variant")
     picture("success", "success rate p of the question", columns["p"])
     picture("gwhes", "GWHES (eq. 5), mean over correct responses", columns["gwhes"])

@@ -77,10 +77,26 @@ def test_scores_from_the_token_ids(out, plain):
         got, want = torch.tensor(sum(row["s"], [])), torch.cat(s)
         assert torch.allclose(got, want, rtol=1e-2, atol=1e-3 * want.abs().max())
         assert row["tau"] == pytest.approx(0.3 * min(s[i].mean().item() for i in right), rel=1e-2)
+        thr = sum(torch.cat(scores([k], torch.cat(tokens).unique())) / len(tokens[k])
+                  for k in right)
+        sign = torch.cat([torch.full((len(tokens[i]),), 1 if i in right else -1)
+                          for i in range(4)])
+        got = torch.tensor(sum(row["thr"], []))
+        assert torch.allclose(got, sign * thr, rtol=1e-2, atol=1e-3 * thr.abs().max())
+        entropy = -torch.cat([(x.exp() * x).sum(1) for x in logp])
+        assert torch.allclose(torch.tensor(sum(row["entropy"], [])), entropy, atol=1e-3)
         selected = [[i in wrong and x > row["tau"] for x in row["s"][i]] for i in range(4)]
         assert row["selected_tokens"] == selected
         count, p = sum(len(tokens[i]) for i in wrong), len(right) / 4
         assert row["selected"] == pytest.approx(sum(map(sum, selected)) / count) and row["p"] == p
+        picks = [[t for i in range(4) for t in sorted(
+            range(len(tokens[i])), key=lambda t: -row[by][i][t])[:sum(selected[i])]
+            for t in [(i, t)]] for by in ("entropy", "surprisal")]
+        nthr = {(i, t) for i in range(4) for t in range(len(tokens[i])) if selected[i][t]}
+        for column, own in zip((2, 3), map(set, picks)):
+            if nthr:
+                want = len(nthr & own) / len(nthr | own)
+                assert row["jaccard"][0][column] == pytest.approx(want)
         each = [p * negative[i].sum() - (1 - p) * exact[i].sum() for i in right]
         mean = torch.stack(each).mean().item() / (p * (1 - p))**0.5
         assert row["gwhes"] == pytest.approx(mean, rel=1e-2)
@@ -93,9 +109,10 @@ def test_summary_pictures_and_page(out):
     won = [row["delta_nthr"] > row["delta_grpo"] for row in found]
     assert summary["nthr > grpo, share"][0] == sum(won) / 2
     assert f"| delta_nthr | {mean:.4f} | " in (out / "summary.md").read_text()
-    assert all((out / f"{x}.png").stat().st_size > 10_000 for x in ("delta", "gwhes", "success"))
+    for name in ("delta", "gwhes", "success", "overlap"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
     page = (out / "tokens.html").read_text()
-    assert page.count("<h2>") == 1 and page.count("title=") >= 10
+    assert page.count("<h2>") == 1 and page.count("data-v=") >= 10
     assert "&lt;|im_start|&gt;" in page and "<|" not in page  # what a model writes is escaped
 
 
