@@ -17,7 +17,7 @@ started again, it goes on; other settings of the update keep the samples.
 import copy
 import itertools
 import json
-from html import escape
+from pathlib import Path
 
 # First, since it sets torch's threads.
 from rollout import accuracy, build_engine, sample_batch, sleep_engine
@@ -313,59 +313,20 @@ def picture(name, xlabel, x=None):
     save_figure(fig, f"{out_dir}/{name}.png")
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Which tokens pull right answers down</title><style>
-body { font: 15px/1.6 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-p { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5em }
-h2 { font-size: 1em; border-top: 1px solid #ddd; padding-top: 1em }
-u { text-decoration-thickness: 3px; text-underline-offset: 3px }
-</style>
-<h1>Which tokens of wrong answers pull right ones down</h1>
-<div>The questions of smallest Delta(x). Red: s &gt; 0 (eq. 7), so a penalty on this token lowers
-the likelihood of the correct responses, a reward raises it; blue: the other way round. Underlined:
-NTHR spares it (s &gt; tau, in incorrect responses). Hover: the value. Colour by <select id="by">
-<option>s<option>thr<option>entropy<option>surprisal</select></div>
-"""
-SCRIPT = """<script>
-function paint() {
-  for (const p of document.querySelectorAll("p")) {
-    const tokens = [...p.children]
-    const values = tokens.map(t => +t.dataset.v.split(" ")[by.selectedIndex])
-    const top = Math.max(...values.map(Math.abs)) || 1
-    tokens.forEach((t, i) => {
-      const color = values[i] > 0 ? "214, 40, 40" : "33, 102, 172"
-      t.style.background = `rgba(${color}, ${Math.abs(values[i]) / top})`
-      t.title = `${by.value} = ${values[i]}`
-    })
-  }
-}
-const by = document.getElementById("by")
-by.onchange = paint
-paint()
-</script>
-"""
-
-
 def page():
-    """Prompts and responses as HTML, every token coloured by one of its scores (Fig. 3)."""
-    html = PAGE
+    """lld.html with the questions of smallest Delta, to be coloured by token (Fig. 3)."""
+    rows = []
     for row in sorted(done, key=lambda row: row["delta_grpo"])[:pages]:
         group = groups[row["question"]]
-        html += (
-            f"<h2>Delta of GRPO {row['delta_grpo']:+.3f}, p = {row['p']}, "
-            f"tau = {row['tau']:.3g}</h2>\n"
-            f"<p>{escape(tokenizer.decode(group['prompt']))}</p>\n"
-        )
-        responses = zip(group["rewards"], group["responses"], row["selected_tokens"], row["s"],
-                        row["thr"], row["entropy"], row["surprisal"])
-        for reward, *tokens in responses:
-            html += f"<div>{'correct' if reward else 'incorrect'}</div>\n<p>"
-            for token, spared, *scores in zip(*tokens):
-                tag = "u" if spared else "span"
-                values = " ".join(f"{x:.4g}" for x in scores)
-                html += f'<{tag} data-v="{values}">{escape(tokenizer.decode([token]))}</{tag}>'
-            html += "</p>\n"
-    return html + SCRIPT
+        title = f"Delta of GRPO {row['delta_grpo']:+.3f}, p = {row['p']}, tau = {row['tau']:.3g}"
+        rows.append({"title": title, "prompt": tokenizer.decode(group["prompt"]), "responses": [{
+            "correct": reward == 1,
+            "tokens": tokenizer.batch_decode([[token] for token in tokens]),
+            "spared": row["selected_tokens"][i],
+            "scores": {key: row[key][i] for key in ("s", "thr", "entropy", "surprisal")},
+        } for i, (reward, tokens) in enumerate(zip(group["rewards"], group["responses"]))]})
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return page.replace("ROWS", json.dumps(rows).replace("<", "\\u003c"), 1)  # no tag in a text
 
 
 if is_rank0():
