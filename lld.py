@@ -28,17 +28,9 @@ import torch
 import torch.distributed as dist
 from tqdm import trange
 
+import advantages
 import model_utils
-from advantages import (
-    VARIANTS,
-    Old,
-    as_many,
-    gwhes,
-    influence,
-    nthr_select,
-    threshold,
-    token_advantages,
-)
+from advantages import VARIANTS, Old, as_many, gwhes, influence, nthr_select, threshold
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer
 from eval import bootstrap, rows_of_rank0, table
@@ -157,6 +149,7 @@ compute = getattr(torch, compute_dtype)
 policy = model_utils.load_policy(model, compute, device, activation_checkpointing).train()
 theta = copy.deepcopy(policy.state_dict())
 head = policy.model.get_output_embeddings().weight.detach()  # (V, d)
+of_variant = settings_for(advantages.token_advantages, config)
 
 
 @torch.no_grad()
@@ -168,9 +161,8 @@ def ask(batches):
 
 def one_update(variant, group, old, batches):
     """What one update does to the log-likelihood of every response, (G,); theta is put back."""
-    optim = model_utils.make_optimizer(
-        policy, learning_rate, adam_betas, weight_decay, optimizer)
-    advantage = token_advantages(variant, group, old, **settings_for(token_advantages, config))
+    optim = model_utils.make_optimizer(policy, learning_rate, adam_betas, weight_decay, optimizer)
+    advantage = advantages.token_advantages(variant, group, old, **of_variant)
     sizes = [len(batch.targets) for batch in batches]
     for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):
         batch.old_logp, batch.advantage = of_batch

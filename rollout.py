@@ -62,20 +62,12 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     else:  # the smallest block: the most of a shared prompt that the prefix cache can hold
         of_device = dict(enforce_eager=True, block_size=32)
         torch._dynamo.config.disable = True  # vLLM's sampler would want a compiler
+    # log-probabilities are of the distribution sampled from, after temperature
     engine = LLM(
-        model,
-        dtype=dtype,
-        max_model_len=context,
-        max_num_seqs=max_num_seqs,
-        seed=seed,
-        tensor_parallel_size=tp,
-        distributed_executor_backend="external_launcher",
-        logprobs_mode="processed_logprobs",  # of the distribution sampled from: after temperature
-        enable_prefix_caching=True,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **of_device,
-    )
+        model, dtype=dtype, seed=seed, max_model_len=context, max_num_seqs=max_num_seqs,
+        tensor_parallel_size=tp, distributed_executor_backend="external_launcher",
+        logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
+        use_tqdm_on_load=False, **of_device)
     if on_cuda and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # every free page of what torch allocates from here on can go back, when vLLM wakes up
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

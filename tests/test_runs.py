@@ -11,10 +11,11 @@ from test_model_utils import make_group
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import memory
+import plot
 import runs
 from figures import Figures
 from model_utils import Policy, pack
-from plot import plot_curves
+from plot import plot_curves, plot_runs
 
 
 def over_ranks(monkeypatch, *figures):
@@ -87,6 +88,25 @@ def test_open_run_loses_nothing(tmp_path):
     runs.open_run(str(out), dict(lr=2))
     assert {*os.listdir(out)} == {"old_1", "old_2", "run_config.json"}
     assert len(os.listdir(out / "old_2")) == 5  # two logs, curves, config, checkpoint
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatch, refused):
+    for name, config, values in (("a", dict(variant="grpo", seed=0), (1, 2)),
+                                 ("b", dict(variant="grpo", seed=1), (3, 8)),
+                                 ("c", dict(variant="nthr", seed=0), (5, None))):
+        out = str(tmp_path / name)
+        runs.open_run(out, config | dict(out_dir=out))
+        log = runs.open_log(out, {})
+        for step, x in enumerate(values):
+            log({"step": step, "train/entropy": x, "time/step": 3})
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(args))
+    assert plot_runs([str(tmp_path / x) for x in "abc"]) == str(tmp_path / "runs.png")
+    assert drawn == [({"train/entropy": {
+        "variant=grpo\n2 seeds": [(0, 2, 1, 3), (1, 5, 2, 8)],
+        "variant=nthr\n1 seeds": [(0, 5, 5, 5)]}}, str(tmp_path / "runs.png"))]
+    assert "nowhere: not a run" in refused("plot.py", str(tmp_path / "nowhere"))
+    assert "which runs?" in refused("plot.py")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
