@@ -49,10 +49,8 @@ def arithmetic_problems(split, operators="+-", held_out=128):
     flip = random.Random(1)
     rows = []
     for a, op, b in pairs[:held_out] if split == "test" else pairs[held_out:]:
-        answer = a + b if op == "+" else a - b
-        if op == "+" and flip.random() < 0.5:
-            a, b = b, a
-        rows.append({"problem": f"{a} {op} {b}", "answer": str(answer)})
+        problem = f"{b} + {a}" if op == "+" and flip.random() < 0.5 else f"{a} {op} {b}"
+        rows.append({"problem": problem, "answer": str(eval(problem))})
     return rows
 
 
@@ -63,22 +61,21 @@ def sum_problems(split):
     draw.shuffle(triples)
     rows = {}
     for a, b, c in triples:
-        two, answer = a + b, a + b + c
-        solution = f"{a} + {b} = {two}, {two} + {c} = {answer} \\boxed{{{answer}}}"
-        row = {"problem": f"{a} + {b} + {c}", "answer": str(answer), "solution": solution}
+        solution = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c} \\boxed{{{a + b + c}}}"
+        row = {"problem": f"{a} + {b} + {c}", "answer": str(a + b + c), "solution": solution}
         rows.setdefault(tuple(sorted((a, b, c))), row)  # not the same sum in another order
     rows = list(rows.values())
     return rows[:128] if split == "test" else rows[128:4096]
 
 
-MADE = {"arithmetic": arithmetic_problems, "sums": sum_problems}
-MADE["addition"] = partial(arithmetic_problems, operators="+", held_out=512)
+MADE = {"arithmetic": arithmetic_problems, "sums": sum_problems,
+        "addition": partial(arithmetic_problems, operators="+", held_out=512)}
 
 
 # --------------------------------------------------------------------------------------------------
 # known sets: name, split, file in data_dir without .jsonl, id[:configuration] and split on the hub
 
-TABLE = """
+TABLE = """\
 aime24               test  aime24                 HuggingFaceH4/aime_2024                  train
 aime25               test  aime25                 math-ai/aime25                           test
 amc23                test  amc23                  math-ai/amc23                            test
@@ -95,81 +92,65 @@ math                 train math_lvl3to5_12k_split nlile/hendrycks-MATH-benchmark
 deepscaler           train deepscaler_sub         agentica-org/DeepScaleR-Preview-Dataset  train
 openr1-math-46k-8192 train openr1-math-46k-8192   Elliott/Openr1-Math-46k-8192             train
 """
-SETS = {}  # {name: {split: [file, hub id, hub split]}}
-for name, split, *source in map(str.split, TABLE.strip().splitlines()):
-    SETS.setdefault(name, {})[split] = source
+SETS = {(name, split): source  # [file, hub id, hub split]
+        for name, split, *source in map(str.split, TABLE.splitlines())}
 LETTERS = "ABCDEFGHIJ"
 
 
-def _choices(question, options, right):
-    """A row of lettered multiple choice. right: the index of the right option."""
-    lettered = [f"{letter}) {option}" for letter, option in zip(LETTERS, options)]
-    problem = "\n".join([question.strip(), "", *lettered])
-    return {"problem": problem, "answer": LETTERS[right], "n_choices": len(options)}
-
-
-def _row(name, r):
-    """Our row of the hub's row r of a set; None: left out."""
-    if name == "arc_c":
-        right = r["choices"]["label"].index(r["answerKey"])  # a few rows number their choices
-        return _choices(r["question"], r["choices"]["text"], right)
-    if name == "gpqa_diamond":
-        wrong = [r[f"Incorrect Answer {k}"] for k in (1, 2, 3)]
-        options = [text.strip() for text in (r["Correct Answer"], *wrong)]
-        right = options[0]
-        random.Random(right).shuffle(options)  # the same in every run
-        return _choices(r["Question"], options, options.index(right))
-    if name == "mmlu_pro":
-        return _choices(r["question"], r["options"], LETTERS.index(r["answer"]))
-    if name == "openr1-math-46k-8192":
-        solution, answer = r["target"][0]["content"], str(r["reward_model"]["ground_truth"])
-        return {"problem": r["prompt"][-1]["content"], "answer": answer, "solution": solution}
-    if name == "math" and str(r["level"])[-1] not in "345":
-        return None
-    # OlympiadBench has a list of answers; GSM8K's comes after its derivation
-    answer = ",".join(r["final_answer"]) if "final_answer" in r else str(r["answer"])
-    answer = answer.split("####")[-1].strip()
-    problem = r.get("problem") or r["question"]
-    return {"problem": problem, "answer": answer, "solution": r.get("solution")}
-
-
-def _known_problems(name, split, data_dir, hub=True):
-    """Rows of one of SETS: from its file in data_dir, else from the hub if that may be asked."""
-    file, hub_id, hub_split = SETS[name][split]
-    path = f"{data_dir}/{file}.jsonl"
-    if data_dir and os.path.isfile(path):
-        return _read_problems(path, "data_dir")
-    if not hub:
-        return []
-    from datasets import load_dataset
-
-    rows = load_dataset(*hub_id.split(":"), split=hub_split)
-    return [row for row in map(partial(_row, name), rows) if row]
+def _rows(name, hub_rows):
+    """Our rows of a set's rows on the hub."""
+    for r in hub_rows:
+        problem, answer = r.get("problem") or r.get("question"), r.get("answer")
+        solution, options = r.get("solution"), r.get("options", [])
+        if name == "math" and str(r["level"])[-1] not in "345":
+            continue
+        if name == "olympiadbench":
+            answer = ",".join(r["final_answer"])
+        if name == "openr1-math-46k-8192":
+            problem, solution = r["prompt"][-1]["content"], r["target"][0]["content"]
+            answer = r["reward_model"]["ground_truth"]
+        if name == "arc_c":  # a few rows number their choices
+            options = r["choices"]["text"]
+            answer = LETTERS[r["choices"]["label"].index(r["answerKey"])]
+        if name == "gpqa_diamond":
+            problem, right = r["Question"], r["Correct Answer"].strip()
+            options = [right, *(r[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3))]
+            random.Random(right).shuffle(options)  # the same in every run
+            answer = LETTERS[options.index(right)]
+        if options:
+            lettered = [f"{letter}) {option}" for letter, option in zip(LETTERS, options)]
+            problem = "\n".join([problem.strip(), "", *lettered])
+        answer = str(answer).split("####")[-1].strip()  # GSM8K's comes after its derivation
+        yield {"problem": problem, "answer": answer, "solution": solution,
+               "n_choices": len(options)}
 
 
 def splits(name):
     """The splits of a set by its name, () for what is no name."""
-    return ("train", "test") if name in MADE else tuple(SETS.get(name, ()))
+    return tuple(split for split in ("train", "test") if name in MADE or (name, split) in SETS)
 
 
-def load_problems(name, split, key="dataset", data_dir=None):
+def load_problems(name, split, key="dataset", data_dir=None, hub=True, fail=die):
     """Rows {"problem": str, "answer": str} of a set: a name of MADE or SETS, or a JSON Lines file.
     Rows may have "solution" (a demonstration), "n_choices" (the answer is a letter) and more. SETS
-    are looked for in data_dir, then on the Hugging Face hub. key: the setting that named the set.
-    """
+    are looked for in data_dir, then on the Hugging Face hub if that may be asked. key: the setting
+    that named the set. fail(message): what is done if neither has it."""
     if name in MADE:
         return MADE[name](split)
-    if os.path.isfile(name):
-        return _read_problems(name, key)
-    if name not in SETS:
-        die(f"{key}: {name!r} is neither a file nor one of the known sets, {[*MADE, *SETS]}")
-    if split not in SETS[name]:
-        die(f"{key}: {name} has no {split} split")
+    file, hub_id, hub_split = SETS.get((name, split), (None, None, None))
+    path = f"{data_dir}/{file}.jsonl" if file else name
+    if os.path.isfile(path):
+        return _read_problems(path, key)
+    if not file:
+        die(f"{key}: {name!r} is neither a file nor a known set, or has no {split} split; known: "
+            f"{[*MADE, *SETS]}")
     try:
-        return _known_problems(name, split, data_dir)
+        from datasets import load_dataset
+
+        return list(_rows(name, load_dataset(*hub_id.split(":"), split=hub_split))) if hub else []
     except Exception as e:  # no network, no access, no such version: the library raises many kinds
-        file, hub_id, _ = SETS[name][split]
-        die(f"{key}: no {file}.jsonl in data_dir={data_dir}, and no {hub_id} on the hub: {e!r}")
+        fail(f"{key}: no {file}.jsonl in {data_dir=}, and no {hub_id} on the hub: {e!r}")
+        return []
 
 
 def _read_problems(path, key, second="answer"):
@@ -198,13 +179,10 @@ def drop_evaluated(problems, dataset, data_dir, evaluated):
     """Training problems that are not evaluated, and how many are: (problems, int). Evaluated: those
     of `evaluated`, and of SETS in data_dir or, if `dataset` is from the hub, there."""
     rows = list(evaluated)
-    hub = dataset in SETS and not data_dir
-    for name in SETS:
-        try:
-            if "test" in SETS[name]:
-                rows += _known_problems(name, "test", data_dir, hub)
-        except Exception as e:  # gated, or gone: the others can still be looked at
-            print0(f"note: no {name} on the hub, training problems may be in it: {e!r}")
+    hub = not data_dir and (dataset, "train") in SETS
+    for name, split in SETS:
+        if split == "test":  # those that are gated, or gone, are only told of
+            rows += load_problems(name, split, "data_dir", data_dir, hub, print0)
     seen = set(map(_text, rows))
     kept = [row for row in problems if _text(row) not in seen]
     return kept, len(problems) - len(kept)
@@ -217,8 +195,7 @@ def _text(row):
 
 def data_index(position, size, seed):
     """The row at `position` of an endless sequence of shuffled epochs over `size` rows."""
-    epoch, place = divmod(position, size)
-    return int(epoch_order(size, seed, epoch)[place])
+    return int(epoch_order(size, seed, position // size)[position % size])
 
 
 @lru_cache(maxsize=2)
@@ -232,24 +209,21 @@ def epoch_order(size, seed, epoch):
 def load_demos(problems, dataset, path=None):
     """Demonstrations of every problem, a list of lists of texts: its own "solution", or those of
     the JSON Lines file `path` with the same `problem`."""
-    if path is None:
-        rows = [row for row in problems if isinstance(row.get("solution"), str)]
-    elif os.path.isfile(path):
-        rows = _read_problems(path, "demos", "solution")
-    else:
+    if path and not os.path.isfile(path):
         die(f"demos: {path} is not a file")
     of_problem = {}
-    for row in rows:
-        of_problem.setdefault(_text(row), []).append(row["solution"])
+    for row in _read_problems(path, "demos", "solution") if path else problems:
+        if isinstance(row.get("solution"), str):
+            of_problem.setdefault(_text(row), []).append(row["solution"])
     demos = [of_problem.get(_text(row), []) for row in problems]
     return demos if any(demos) else die(f"demos: no problem of {dataset} has a solution")
 
 
 def share_out(function, items):
-    """function(items), a list of as many results, dealt over the ranks, which call together."""
+    """List of function(items), as many results, dealt over the ranks, which call together."""
     rank, world = dist.get_rank(), dist.get_world_size()
     shares = [None] * world
-    dist.all_gather_object(shares, function(items[rank::world]))
+    dist.all_gather_object(shares, list(function(items[rank::world])))
     return [shares[i % world][i // world] for i in range(len(items))]
 
 
@@ -257,38 +231,34 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
     """Grade the demonstrations; a problem gets the first right one that is short enough to be
     trained on, token `end` included, else the first right one. All ranks call together. Sets
     row["solution"] (None without a right one) and row["anchor"], whether it is short enough."""
-    def grade_share(pairs):  # 0: wrong, 1: right, 2: right and short enough
-        verdicts = grade_all([(text, problems[i]) for i, text in pairs], progress=is_rank0())
-        lengths = [len(encode_anchor(tokenizer, prompts[i], text, end)) for i, text in pairs]
-        return [right + (right and n <= max_response_tokens) for right, n in zip(verdicts, lengths)]
+    def choose(share):
+        items = [(text, row) for row, _, texts in share for text in texts]
+        verdicts = iter(grade_all(items, progress=is_rank0()))
+        for row, prompt, texts in share:
+            right = [text for text in texts if next(verdicts)]
+            short = [text for text in right
+                     if len(encode_anchor(tokenizer, prompt, text, end)) <= max_response_tokens]
+            yield dict(row, solution=(short + right + [None])[0], anchor=bool(short))
 
-    pairs = [(i, text) for i, texts in enumerate(demos) for text in texts]
-    best = [(0, None)] * len(problems)
-    for (i, text), grade in zip(pairs, share_out(grade_share, pairs)):
-        if grade > best[i][0]:
-            best[i] = grade, text
-    for i, (grade, text) in enumerate(best):
-        problems[i] = dict(problems[i], solution=text, anchor=grade == 2)
-    found = [grade for grade, _ in best]
-    print0(f"demonstrations: {found.count(0)} of {len(found)} problems have no right one, "
-           f"{found.count(1)} only ones too long to be anchors")
-    if not any(found):
-        die(f"demos: all {len(pairs)} demonstrations are wrong, their last box is not the answer")
+    problems[:] = share_out(choose, list(zip(problems, prompts, demos)))
+    right = [row for row in problems if row["solution"] is not None]
+    print0(f"demonstrations: {len(right)} of {len(problems)} problems have a right one, "
+           f"{sum(row['anchor'] for row in right)} one that is short enough to be an anchor")
+    if not right:
+        die(f"demos: all {sum(map(len, demos))} demonstrations are wrong, their last box is not "
+            "the answer")
 
 
 def end_token(tokenizer, model):
-    """The token that ends a response: what the chat template writes after an assistant's turn, if
-    vLLM stops there, else end-of-sequence."""
+    """The token that ends a response: the last one in a chat at which vLLM stops, which the chat
+    template writes after an assistant's turn, else end-of-sequence."""
     from transformers import GenerationConfig
 
     stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # has no such config
         stops.update(np.ravel(GenerationConfig.from_pretrained(model).eos_token_id))
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    plain = None if tokenizer.chat_template else PLAIN
-    text = tokenizer.apply_chat_template(chat, chat_template=plain, tokenize=False)
-    after = tokenizer(text.rpartition("!")[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in stops), tokenizer.eos_token_id)
+    tokens, = encode_chats(tokenizer, [chat("?", "!")])
+    return next((token for token in reversed(tokens) if token in stops), tokenizer.eos_token_id)
 
 
 def encode_anchor(tokenizer, prompt, text, end):
@@ -298,7 +268,7 @@ def encode_anchor(tokenizer, prompt, text, end):
     if not tokenizer.chat_template:
         text = " " + text.lstrip()  # after "Answer:"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return np.array(ids + [end], dtype=np.int32)
+    return np.array(ids + [end], np.int32)
 
 
 def with_anchor(group, ids, replace):
@@ -308,18 +278,19 @@ def with_anchor(group, ids, replace):
         responses=ids, rollout_logp=np.zeros(len(ids), np.float32), texts=group.row["solution"],
         truncated=False, reward=1, is_anchor=True, score=np.nan)
     for field, value in anchor.items():
-        old = getattr(group, field)[:len(group.responses) - replace]
-        is_list = isinstance(old, list)
-        anchor[field] = old + [value] if is_list else np.append(old, old.dtype.type(value))
+        old = getattr(group, field)
+        new = [*old[:len(old) - replace], value]
+        anchor[field] = new if isinstance(old, list) else np.array(new, old.dtype)
     return dataclasses.replace(group, **anchor)
 
 
 # --------------------------------------------------------------------------------------------------
 # How a set's problems are put to a model, if not as BOXED; few_shot: earlier turns of the chat
 
-INSTRUCTION = "Please reason step by step, and put {} within \\boxed{{}}."
-BOXED = dict(system_prompt=INSTRUCTION.format("your final answer"), few_shot=())
-CHOICE = dict(system_prompt=INSTRUCTION.format("the letter of your choice"), few_shot=())
+BOXED = dict(few_shot=(), system_prompt=(
+    "Please reason step by step, and put your final answer within \\boxed{}."))
+CHOICE = dict(few_shot=(), system_prompt=(
+    "Please reason step by step, and put the letter of your choice within \\boxed{}."))
 ARITHMETIC = dict(
     # with a problem 97 tokens: three blocks of 32, which vLLM caches, and one
     system_prompt="Work out the answer, in a box.",
@@ -341,6 +312,12 @@ PLAIN = """\
 Answer:"""  # the chat template of a tokenizer that has none
 
 
+def chat(*texts):
+    """A chat of the user's and the assistant's texts by turns: a list of {"role", "content"}."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
 def encode_chats(tokenizer, chats):
     """Token ids of chats, lists of {"role", "content"}, up to the answer that is asked for."""
     plain = not tokenizer.chat_template
@@ -357,15 +334,15 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=No
         return []
     lettered = all(row.get("n_choices") for row in problems)
     style = STYLES.get(dataset, CHOICE if lettered else BOXED)
-    turns = [("system", style["system_prompt"] if system_prompt is None else system_prompt)]
+    system_prompt = style["system_prompt"] if system_prompt is None else system_prompt
+    few_shot = style["few_shot"] if few_shot is None else few_shot
     try:
-        for question, answer in style["few_shot"] if few_shot is None else few_shot:
-            turns += [("user", question + ""), ("assistant", answer + "")]
+        turns = [text + "" for question, answer in few_shot for text in (question, answer)]
     except (TypeError, ValueError):
         die(f"few_shot: {few_shot!r} is not ((question, answer), ...)")
-    head = [{"role": role, "content": text} for role, text in turns]
-    chats = [head + [{"role": "user", "content": row["problem"]}] for row in problems]
-    return [np.array(ids, dtype=np.int32) for ids in encode_chats(tokenizer, chats)]
+    head = [{"role": "system", "content": system_prompt}]
+    chats = [head + chat(*turns, row["problem"]) for row in problems]
+    return [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
 
 
 def load_tokenizer(model, key="model"):
@@ -380,8 +357,9 @@ def load_tokenizer(model, key="model"):
 
 def check_lengths(prompts, max_response_tokens, context, name):
     """Tokens of the longest prompt and a response; ends the program if they do not fit."""
-    place = int(np.argmax([len(prompt) for prompt in prompts]))
-    need = len(prompts[place]) + max_response_tokens
+    lengths = list(map(len, prompts))
+    need = max(lengths) + max_response_tokens
     if need > context:
-        die(f"{name}, problem {place + 1}: {need} tokens, {max_response_tokens=}, over {context=}")
+        die(f"{name}, problem {lengths.index(max(lengths)) + 1}: {need} tokens, "
+            f"{max_response_tokens=}, over {context=}")
     return need

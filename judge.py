@@ -11,6 +11,7 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import die
-from data import encode_chats, share_out
+from data import chat, encode_chats, share_out
 from grader import last_boxed
 from model_utils import full
 
@@ -55,9 +56,8 @@ this form, N a number from 1 to 10:
 Score {mark}: N"""
 
 # <|im_end|>, <end_of_turn>, </s>, [INST], ...: taken apart in what the judge is to read
-SPECIAL = re.compile(r"<(?=[|｜/\w]\S{0,40}>)|\[(?=/?[A-Z_]+\])")
-NUMBER = re.compile(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
-BOX = re.compile(r"\\boxed\s*\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}")
+SPECIAL = r"<(?=[|｜/\w]\S{0,40}>)|\[(?=/?[A-Z_]+\])"
+BOX = r"\\boxed\s*\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 
 
 def judge_prompt(row, text, name=""):
@@ -66,25 +66,24 @@ def judge_prompt(row, text, name=""):
     asked = repr((PROMPT, name, row["problem"], row["solution"], text))
     key = hashlib.sha256(asked.encode()).hexdigest()
     parts = dict(row, response=text, mark=key[:6])
-    parts = {field: SPECIAL.sub(r"\g<0> ", str(part)) for field, part in parts.items()}
+    parts = {field: re.sub(SPECIAL, r"\g<0> ", str(part)) for field, part in parts.items()}
     return PROMPT.format_map(parts), key
 
 
 def parse_score(reply, mark):
     """The score in a judge's reply, a float in [1, 10], or None. Its last line, not counting what
     it thinks, must be "Score <mark>: N", and no other line may be one with another N."""
+    text = (reply or "").rpartition("</think>")[2].rstrip()
     number = r"([0-9]+(?:\.[0-9]+)?)(?:[ \t]*/[ \t]*10)?"
-    line = re.compile(rf"[*_ \t]*score {mark}[*_ \t]*:[*_ \t]*{number}[*_. \t]*", re.IGNORECASE)
-    lines = (reply or "").rpartition("</think>")[2].rstrip().split("\n")
-    matches = [line.fullmatch(text) for text in lines]
-    scores = {float(match[1]) for match in matches if match}
-    score = scores.pop() if matches[-1] and len(scores) == 1 else 0
-    return score if 1 <= score <= 10 else None
+    line = rf"(?im)^[*_ \t]*score {mark}[*_ \t]*:[*_ \t]*{number}[*_. \t]*$"
+    score, *others = {*map(float, re.findall(line, text))} or [0]
+    return score if re.search(line + r"\Z", text) and not others and 1 <= score <= 10 else None
 
 
 def numbers(text):
     """The numbers in a text, a set of floats."""
-    return {float(x.replace(",", "")) for x in NUMBER.findall(text or "")}
+    found = re.findall(r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?", text or "")
+    return {float(number.replace(",", "")) for number in found}
 
 
 def rubric_score(row, text, correct, truncated):
@@ -96,36 +95,28 @@ def rubric_score(row, text, correct, truncated):
     """
     known = numbers(row["problem"]) | numbers(last_boxed(row["solution"]))
     want = numbers(row["solution"]) - known
-    got = numbers(BOX.sub(" ", text)) - known
-    overlap = reached = 1.0
-    if want:
-        common = len(want & got)
-        overlap = 2 * common / (len(want) + len(got))
-        reached = common / len(want)
+    got = numbers(re.sub(BOX, " ", text)) - known
+    common = len(want & got)
+    overlap = 2 * common / (len(want) + len(got)) if want else 1
+    reached = common / len(want) if want else 1
     ended = not truncated and last_boxed(text) is not None
     return 1 + 0.9 * bool(correct) + 5.1 * overlap + 1.5 * ended + 1.5 * reached
 
 
 # Judges that are asked: prompts -> a reply each, in order, None for one that was cut off or failed
 
-def chat(prompt):
-    return [{"role": "user", "content": prompt}]
-
-
 def ask_engine(prompts, temperature, engine, tokenizer):
     """Ask the loaded vLLM engine in one batch, those prompts that fit its context."""
     from vllm import SamplingParams
 
     room = engine.llm_engine.model_config.max_model_len - JUDGE_TOKENS
-    tokens = encode_chats(tokenizer, [chat(prompt) for prompt in prompts])
-    fit = {i: {"prompt_token_ids": ids} for i, ids in enumerate(tokens) if len(ids) <= room}
+    tokens = encode_chats(tokenizer, list(map(chat, prompts)))
+    asked = [{"prompt_token_ids": ids} for ids in tokens if len(ids) <= room]
     params = SamplingParams(temperature=temperature, max_tokens=JUDGE_TOKENS)
-    results = engine.generate([*fit.values()], params, use_tqdm=False) if fit else []
-    replies = [None] * len(prompts)
-    for i, result in zip(fit, results):
-        reply = result.outputs[0]
-        replies[i] = reply.text if reply.finish_reason == "stop" else None
-    return replies
+    results = iter(engine.generate(asked, params, use_tqdm=False))
+    for ids in tokens:
+        reply = next(results).outputs[0] if len(ids) <= room else None
+        yield reply.text if reply and reply.finish_reason == "stop" else None
 
 
 def connect(url):
@@ -146,12 +137,11 @@ def open_judge(judge, judge_model):
         server = connect(judge)
         name = judge_model or server.models.list().data[0].id
         server.chat.completions.create(model=name, messages=chat("1+1"), max_tokens=1).choices[0]
-    except openai.AuthenticationError:
-        die(f"judge: {judge} does not take the key in JUDGE_API_KEY or OPENAI_API_KEY")
+        return name
     except Exception as e:  # its text might quote the key
         die(f"judge: {judge} does not answer as an OpenAI-compatible server: {type(e).__name__}; "
-            f"does it end in /v1, and serve {judge_model=}?")
-    return name
+            f"does it end in /v1, serve {judge_model=}, take the key in JUDGE_API_KEY or "
+            "OPENAI_API_KEY?")
 
 
 def ask_server(prompts, temperature, url, model):
@@ -188,18 +178,16 @@ def read_cache(out_dir):
 
 def _asked_scores(groups, ask, name, cache, path):
     """Scores of groups, G each, nan for a response without one after RETRIES."""
-    questions = [judge_prompt(g.row, text, name) for g in groups for text in g.texts]
-    with open(path, "a") as file:
+    questions = [[judge_prompt(g.row, text, name) for text in g.texts] for g in groups]
+    with open(path, "a", buffering=1) as file:  # a line is written at once
         for temperature in [0.0] + [0.7] * RETRIES:
-            left = {key: prompt for prompt, key in questions if key not in cache}
-            replies = ask([*left.values()], temperature) if left else []
-            for key, reply in zip(left, replies):
+            left = {key: prompt for prompt, key in chain(*questions) if key not in cache}
+            for key, reply in zip(left, ask([*left.values()], temperature)):
                 score = parse_score(reply, key[:6])
-                if score is not None:
+                if score:
                     cache[key] = score
-                    print(json.dumps(dict(key=key, score=score)), file=file, flush=True)
-    scores = (cache.get(key, np.nan) for _, key in questions)
-    return [[next(scores) for _ in g.texts] for g in groups]
+                    print(json.dumps({"key": key, "score": score}), file=file)
+    return [[cache.get(key, np.nan) for _, key in own] for own in questions]
 
 
 def judge_all_ranks(groups, judge, ask=None, name="", cache=None, path=os.devnull):
@@ -218,23 +206,21 @@ def judge_all_ranks(groups, judge, ask=None, name="", cache=None, path=os.devnul
         ask_share = partial(_asked_scores, ask=ask, name=name, cache=cache, path=path)
         scores = share_out(ask_share, shown)
     for g, own in zip(shown, scores):
-        g.score = np.array(list(own), dtype=np.float32)
-    asked = sum(len(set(g.texts)) for g in shown)
-    failed = sum(int(np.isnan(g.score).any()) for g in shown)
-    return dict(asked=asked, groups_failed=failed, without_demo=len(groups) - len(shown))
+        g.score = np.array(list(own), np.float32)
+    return dict(asked=sum(len(set(g.texts)) for g in shown),
+                groups_failed=sum(bool(np.isnan(g.score).any()) for g in shown),
+                without_demo=len(groups) - len(shown))
 
 
 def longest_question(tokenizer, rows, max_response_tokens):
     """Tokens that the judge "self" needs at most for a row with a demonstration and a response."""
-    chats = [chat(judge_prompt(row, "")[0]) for row in rows]
-    longest = max(map(len, encode_chats(tokenizer, chats)))
-    return longest + 64 + max_response_tokens + JUDGE_TOKENS
+    tokens = encode_chats(tokenizer, [chat(judge_prompt(row, "")[0]) for row in rows])
+    return max(map(len, tokens)) + 64 + max_response_tokens + JUDGE_TOKENS
 
 
 def judge_step(groups, judge, judge_model, engine, tokenizer, model, cache, out_dir, figures):
     """Judge a step's groups (judge_all_ranks) and take note of how it went. cache: read_cache."""
-    name = judge_model
-    ask = partial(ask_server, url=judge, model=judge_model)
+    name, ask = judge_model, partial(ask_server, url=judge, model=judge_model)
     if judge == "self":
         sums = [full(p.detach().sum(dtype=torch.float64)).item() for p in model.parameters()]
         name = f"self {sums}"  # a score is of one state of the weights

@@ -26,6 +26,15 @@ import model_utils
 import runs
 from data import Group
 
+# cases that have no golden numbers: one rank and two have to agree
+FAMILY = {
+    "thr_sign_llds": ["--variant=thr", "--thr_p=0.1", "--advantage_norm=sign", "--llds=0.2",
+                      "--pos_weight=0.1", "--prompts_per_update=2", "--learning_rate=1e-4"],
+    "entropy_top_gspo": ["--variant=entropy_top", "--loss=gspo", "--loss_norm=response",
+                         "--clip_low=3e-4", "--clip_high=4e-4", "--prompts_per_update=2"],
+    "spare_logp_cispo": ["--variant=spare_logp", "--nthr_eta=0.0", "--loss=cispo",
+                         "--prompts_per_update=2"]}
+
 
 def read_groups(rows):
     """Groups of JSON rows: row, prompt, responses, rollout_logp, texts, reward, is_anchor."""
@@ -104,10 +113,11 @@ if __name__ == "__main__":
     golden = json.load(open(ROOT / "tests" / "golden.json"))
     model_utils.setup_distributed()
     out_dir, parallel, *names = sys.argv[1:]
+    flags = golden["flags"] | FAMILY
     found = {}
     for name in names:
         found[name], _ = replay(
-            [read_groups(golden["groups"])], *golden["common"], *golden["flags"][name],
+            [read_groups(golden["groups"])], *golden["common"], *flags[name],
             f"--parallel={parallel}", f"--out_dir={out_dir}", probes=golden["probes"])
     if dist.get_rank() == 0:
         print("REPLAYED", json.dumps(found), flush=True)

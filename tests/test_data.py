@@ -56,16 +56,16 @@ def test_rows_of_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: hub[":".join(name), split])
     for name, (row, problem, answer) in HUB.items():
         split = data.splits(name)[-1]
-        hub[tuple(data.SETS[name][split][1:])] = [row]
+        hub[tuple(data.SETS[name, split][1:])] = [row]
         got, = data.load_problems(name, split)
         assert (got["problem"], got["answer"]) == (problem, answer)
         assert (got.get("solution") == "s") == (split == "train")
         assert bool(got.get("n_choices")) == (name in ("arc_c", "mmlu_pro"))
-    hub[tuple(data.SETS["math"]["train"][1:])] += [dict(row, level=x) for x in (2, "Level ?")]
+    hub[tuple(data.SETS["math", "train"][1:])] += [dict(row, level=x) for x in (2, "Level ?")]
     assert len(data.load_problems("math", "train")) == 1  # the others are left out
     rows = [{"Question": "Q", "Correct Answer": f"right {i}\n"} for i in range(50)]
     wrong = {f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)}
-    hub[tuple(data.SETS["gpqa_diamond"]["test"][1:])] = [row | wrong for row in rows]
+    hub[tuple(data.SETS["gpqa_diamond", "test"][1:])] = [row | wrong for row in rows]
     got = data.load_problems("gpqa_diamond", "test")  # shuffled
     assert {r["answer"] for r in got} == set("ABCD")
     assert all(f"{r['answer']}) right {i}" in r["problem"] for i, r in enumerate(got))

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from replay import ROOT, read_groups, replay
+from replay import FAMILY, ROOT, read_groups, replay
 
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 GROUPS = read_groups(GOLDEN["groups"])
@@ -42,6 +42,16 @@ def test_one_rank(name, tmp_path):
 
 @pytest.mark.parametrize("parallel, name, later", TWO_RANKS)
 def test_two_ranks(run, tmp_path, parallel, name, later):
-    done = run("tests/replay.py", tmp_path, parallel, name, ranks=2)
+    others = FAMILY if parallel == "ddp" else {}
+    done = run("tests/replay.py", tmp_path, parallel, name, *others, ranks=2)
     found = json.loads(done.stdout.split("REPLAYED")[1])
     compare(found[name], GOLDEN["want"][name], later)
+    for name, flags in others.items():
+        wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}",
+                           probes=GOLDEN["probes"])
+        compare(found[name], wanted, later)
+        assert len(wanted) > 1 and all(update["grad_norm"] > 0 for update in wanted)
+        if "sign" in name:  # groups whose responses are all wrong have a signal, too
+            count = sum(len(update["advantages"]) for update in wanted)
+            assert count == sum(sum(g.lengths) for g in GROUPS)
+            assert any(not g.reward.any() for g in GROUPS)

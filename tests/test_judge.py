@@ -106,8 +106,8 @@ def server(monkeypatch):
     server = SimpleNamespace(script=[], keys=[], url="http://localhost:80/v1")
     client = httpx.Client(transport=httpx.MockTransport(answer))
     monkeypatch.setattr(openai, "OpenAI", functools.partial(openai.OpenAI, http_client=client))
-    for name, value in dict(CONCURRENCY=1, FAILURES=4).items():
-        monkeypatch.setattr(judge, name, value)
+    monkeypatch.setattr(judge, "CONCURRENCY", 1)
+    monkeypatch.setattr(judge, "FAILURES", 4)
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
     return server
 
@@ -161,18 +161,17 @@ def test_a_server_that_is_none_is_refused(server, capsys):
     assert judge.open_judge(server.url, None) == judge.open_judge(server.url, "m") == "m"
     for url, model, words in (
         ("http://node:9/v1", None, "node:9/v1 does not answer"), ("http://", None, "not answer"),
-        ("http://localhost/x", "m", "does it end in /v1"), (server.url, "n", "judge_model='n'?"),
-        (server.url, "m", "does not take the key")):
+        ("http://localhost/x", "m", "does it end in /v1"), (server.url, "n", "judge_model='n'"),
+        (server.url, "m", "AuthenticationError")):
         server.script[:] = ["401"]  # if it gets that far
         with pytest.raises(SystemExit, match="2"):
             judge.open_judge(url, model)
         assert words in (err := capsys.readouterr().err) and "sk-secret" not in err
 
 
-def ask_by_mark(prompts, temperature):
-    """A score that tells the prompt; none for TEXTS[4]."""
-    replies = [f"Score {p[-9:-3]}: {1 + int(p[-9:-3], 16) % 9}" for p in prompts]
-    return [None if TEXTS[4] in p else reply for p, reply in zip(prompts, replies)]
+def ask_by_mark(prompts, temperature):  # a score that tells the prompt; none for TEXTS[4]
+    return [None if TEXTS[4] in p else f"Score {p[-9:-3]}: {1 + int(p[-9:-3], 16) % 9}"
+            for p in prompts]
 
 
 def judge_on_a_rank(rank, folder):

@@ -93,6 +93,7 @@ def test_dynamic_sampling_accepts_in_order(world, monkeypatch):
         assert content(groups) == content([everything[i] for i in mixed[:want]])
         assert wasted == 0 or how != [1.0]  # only what is in work beyond the missing ones
     assert len(batch(7, prompts=7)[0]) < 7  # what there is
+    assert content(batch(3, wanted=lambda group: True)[0]) == content(everything[:3])
 
 
 def test_the_same_on_one_rank_and_two(world, run):

@@ -151,6 +151,7 @@ train.py --prompts_per_update=3                  prompts_per_update
 train.py --nthr_beta=inf                         nthr_beta
 train.py --max_response_tokens=100000            context
 train.py --variant=dagrpo                        has a solution
+train.py --llds=0.2                              llds: is always 0 with one update a step
 train.py --delta=9.5                             delta: 9.5
 train.py --judge=gpt-4o                          rubric, self and an address
 train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
@@ -158,7 +159,7 @@ train.py --anchors=1 --demos=DIR/good            good, line 1: 'solution' is mis
 train.py --anchors=1 --demos=DIR/wrong           all 1 demonstrations are wrong
 train.py --anchors=1 --dataset=sums --max_response_tokens=9          are longer than
 train.py --variant=dagrpo --dataset=sums --judge=http://127.0.0.1:9  9 does not answer
-train.py --tp=2                                  tp: 2 does not divide the 1 ranks of a machine
+train.py --tp=2                                  tp: 2 is not a divisor of 1, the ranks
 train.py --resume --out_dir=DIR                  no whole checkpoint
 train.py --out_dir=DIR/empty                     out_dir
 eval.py --ckpt=DIR                               neither a whole model
