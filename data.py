@@ -34,6 +34,10 @@ class Group:
     weight: np.ndarray = None  # (G,) of each response's tokens in the loss: losses.token_weights
     update_tokens: int = 0     # response tokens of its update, on all ranks
 
+    def __post_init__(self):
+        if self.weight is None:
+            self.weight = np.zeros(len(self.responses))
+
     @property
     def lengths(self):
         return [len(r) for r in self.responses]
@@ -49,8 +53,9 @@ def arithmetic_problems(split, operators="+-", held_out=128):
     flip = random.Random(1)
     rows = []
     for a, op, b in pairs[:held_out] if split == "test" else pairs[held_out:]:
+        answer = a + b if op == "+" else a - b
         problem = f"{b} + {a}" if op == "+" and flip.random() < 0.5 else f"{a} {op} {b}"
-        rows.append({"problem": problem, "answer": str(eval(problem))})
+        rows.append({"problem": problem, "answer": str(answer)})
     return rows
 
 
@@ -281,7 +286,7 @@ def with_anchor(group, ids, replace):
         old = getattr(group, field)
         new = [*old[:len(old) - replace], value]
         anchor[field] = new if isinstance(old, list) else np.array(new, old.dtype)
-    return dataclasses.replace(group, **anchor)
+    return dataclasses.replace(group, **anchor, weight=None)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -256,13 +256,13 @@ def summarize():
     del figures["tau"]
     for variant in variants:
         figures[f"delta_{variant} < epsilon, share"] = columns[f"delta_{variant}"] < epsilon
-    for pair in ("nthr > grpo", "random > grpo", "nthr > random", "pos_only > grpo"):
-        better, worse = pair.split(" > ")
-        if {better, worse} <= {*variants}:
+    controls = {"random", "spare_entropy", "spare_logp"}
+    for better, worse in itertools.permutations(variants, 2):
+        if worse == "grpo" or better == "nthr" and worse in controls:
             gain = columns[f"delta_{better}"] - columns[f"delta_{worse}"]
-            figures[f"{pair}, share"] = gain > 0
-            figures[f"{pair}, share equal"] = gain == 0  # NTHR may select nothing
-            figures[f"{pair}, mean difference"] = gain
+            figures[f"{better} > {worse}, share"] = gain > 0
+            figures[f"{better} > {worse}, share equal"] = gain == 0  # NTHR may select nothing
+            figures[f"{better} > {worse}, mean difference"] = gain
     smallest = columns["delta_grpo"].argsort(stable=True)
     largest = (-columns["gwhes"]).argsort(stable=True)
     for k in (10, 15):
@@ -282,7 +282,7 @@ def heat_map():
     fig, axes = subplots(2)
     for ax, (what, names) in zip(axes.flat, OVERLAPS.items()):
         mean = np.nanmean([row[what] for row in done], axis=0)
-        ax.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r")
+        ax.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r", alpha=0.6)
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
         ax.set_title(what)

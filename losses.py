@@ -75,7 +75,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
     losses = torch.where(sampled, losses, anchor_losses(logp, A, anchor_loss))
     total = (batch.weight * losses).sum()
     if llds:
-        total = total + llds * llds_penalty(logp, old_logp, batch)
+        penalty = llds_penalty(logp, old_logp, batch)
+        total = total + llds * penalty
 
     if figures is not None:
         gap = (batch.old_logp - batch.rollout_logp).abs()
@@ -88,6 +89,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
         figures.mean("anchor/logp", logp.detach(), where=batch.is_anchor)
         if kl_coef:
             figures.mean("train/kl", kl.detach(), where=sampled)
+        if llds:
+            figures.sum("train/llds", penalty)  # over the step's updates
         if tis_cap:
             figures.mean("gap/importance_cut", importance > tis_cap, where=sampled)
     return total

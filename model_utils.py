@@ -176,8 +176,7 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
 
 nothing = np.zeros(0, dtype=bool)
 NOTHING = Group(row={}, prompt=np.zeros(1), responses=[], rollout_logp=[], texts=[],
-                truncated=nothing, reward=nothing, is_anchor=nothing, score=nothing,
-                weight=nothing)  # a filler
+                truncated=nothing, reward=nothing, is_anchor=nothing, score=nothing)  # a filler
 
 
 def deal(groups, world_size):

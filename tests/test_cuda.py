@@ -7,8 +7,9 @@ from test_advantages import make_case
 from test_model_utils import SIZES, batches_of, one_by_one, random_groups
 from transformers import AutoModelForCausalLM
 
-from advantages import Old, influence, policy_loss, token_advantages
+from advantages import Old, influence, token_advantages
 from figures import Figures
+from losses import policy_loss
 from model_utils import HeadLogprob, load_policy, pack, packed_attention, tree_masks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -73,7 +74,7 @@ def test_nothing_in_a_micro_batch_waits(model_dir):
         torch.cuda.set_sync_debug_mode(mode)
         outs, advantage = policy(batch, 1.0), []
         states = zip(*(x.detach().split(sizes) for x in outs))
-        for variant, group, x in zip(("nthr", "random", "nthr", "dagrpo"), groups, states):
+        for variant, group, x in zip(("nthr", "random", "thr", "entropy_top"), groups, states):
             old = Old(*x, policy.model.lm_head.weight.detach())
             advantage.append(token_advantages(variant, group, old, figures=figures))
         batch.advantage, batch.old_logp = torch.cat(advantage), outs[0].detach()

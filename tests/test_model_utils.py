@@ -21,7 +21,7 @@ def make_group(prompt, responses, reward=None, **fields):
         rollout_logp=[-np.array(r, dtype=np.float32) for r in responses], texts=[""] * size,
         truncated=np.zeros(size, dtype=bool), is_anchor=np.zeros(size, dtype=bool),
         reward=np.array(np.arange(size) % 2 if reward is None else reward, dtype=np.float32),
-        score=np.full(size, np.nan), weight=np.zeros(size)) | fields)
+        score=np.full(size, np.nan)) | fields)
 
 
 def random_groups(vocab, sizes, prefix=0):
