@@ -99,7 +99,9 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
     A = to_device(np.repeat(advantage, lengths), old.logp)  # (n,)
 
     if variant == "entropy_top":
-        A = A * most(old.entropy, math.ceil(entropy_share * len(A)))
+        lowest = old.entropy.topk(math.ceil(entropy_share * len(A))).values[-1]
+        # the first tokens of all responses have one entropy, but for rounding: all of them or none
+        A = A * (old.entropy >= lowest - 1e-5)
     if variant in SCORED:
         tokens, correct = np.concatenate(group.responses), np.repeat(group.reward == 1, lengths)
         wrong = to_device(~correct, A, torch.bool)

@@ -11,12 +11,13 @@ TWO_RANKS = [("ddp", "dagrpo_luffy", 2e-5), ("fsdp", "nthr_cut_two_updates", 3e-
 ONE_RANK = ["pos_only_token", "nthr_full_eta_kl", "grpo_tis_clip", "anchors_logp_kl", "random_cut"]
 
 
-def compare(found, wanted, later=2e-5):
-    """Updates against recorded ones. later: tolerance of gradients once the weights have moved."""
+def compare(found, wanted, later=2e-5, first=1e-5, of_loss=0):
+    """Updates against others. first, later: tolerance of gradients, later once weights moved;
+    of_loss: an absolute one, for losses that nearly cancel out."""
     assert len(found) == len(wanted)
     for number, (got, want) in enumerate(zip(found, wanted)):
-        tolerance = np.abs(want["grads"]).max() * (later if number else 1e-5)
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        tolerance = np.abs(want["grads"]).max() * (later if number else first)
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5, abs=of_loss)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
         assert got["grads"] == pytest.approx(want["grads"], rel=0, abs=tolerance)
 
@@ -49,7 +50,7 @@ def test_two_ranks(run, tmp_path, parallel, name, later):
     for name, flags in others.items():
         wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}",
                            probes=GOLDEN["probes"])
-        compare(found[name], wanted, later)
+        compare(found[name], wanted, 1e-4, 1e-4, 1e-6)
         assert len(wanted) > 1 and all(update["grad_norm"] > 0 for update in wanted)
         if "sign" in name:  # groups whose responses are all wrong have a signal, too
             count = sum(len(update["advantages"]) for update in wanted)
