@@ -266,6 +266,8 @@ if __name__ == "__main__":
     models = {}
     for part in ckpt.split(","):
         models |= find_models(part)
+    if len(models) > 1 and None in models.values():
+        die("ckpt: a hub id is evaluated by itself")
     parent = os.path.commonpath([Path(folder).absolute().parent for folder in models])
     of_runs = all("/step_" in folder for folder in models)
     home = out_dir or (f"{parent}/eval" if of_runs else "out/eval")

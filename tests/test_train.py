@@ -163,6 +163,7 @@ train.py --tp=2                                  tp: 2 is not a divisor of 1, th
 train.py --resume --out_dir=DIR                  no whole checkpoint
 train.py --out_dir=DIR/empty                     out_dir
 eval.py --ckpt=DIR                               neither a whole model
+eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
 eval.py --ckpt=MODEL --data=arithmetic,nowhere   'nowhere' is neither a file
 eval.py --chkpt=x                                'ckpt'"""
 
