@@ -56,9 +56,9 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
     old_logp = torch.where(sampled, batch.old_logp, logp.detach())
     ratio = (logp - old_logp).exp()
     if loss == "gspo":  # a micro-batch has whole responses
-        means = per_response(logp.detach() - old_logp, batch)
-        means = means / per_response(torch.ones_like(means), batch)
-        ratio = means.exp() * (logp - logp.detach()).exp()
+        log_ratio = logp.detach() - old_logp
+        means = per_response(log_ratio, batch) / per_response(torch.ones_like(log_ratio), batch)
+        ratio = means.exp().index_select(0, batch.response) * (logp - logp.detach()).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     cut_off = -A * clipped > -A * ratio
     if loss == "cispo":
@@ -97,9 +97,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
 
 
 def per_response(x, batch):
-    """Sums of x (n,) over each token's response, at each token: (n,)."""
-    sums = x.new_zeros(len(batch.correct)).index_add(0, batch.response, x)
-    return sums.index_select(0, batch.response)
+    """Sums of x (n,) over the tokens of each of the B responses, (B,)."""
+    return x.new_zeros(len(batch.correct)).index_add(0, batch.response, x)
 
 
 def llds_penalty(logp, old_logp, batch):
@@ -109,7 +108,8 @@ def llds_penalty(logp, old_logp, batch):
     likelihood as a whole, / batch.update_tokens. 0 before the step's second update.
     """
     lost = old_logp - logp
-    counts = (batch.advantage >= 0) & (per_response(lost.detach(), batch) > 0)
+    gate = per_response(lost.detach(), batch) > 0  # (B,)
+    counts = (batch.advantage >= 0) & gate.index_select(0, batch.response)
     return lost.clamp(min=0).where(counts, 0).sum() / max(1, batch.update_tokens)
 
 

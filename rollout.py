@@ -100,7 +100,7 @@ def make_groups(tokenizer, rows, prompts, outputs, seeds):
 
 
 def mixed(group):
-    """Are some responses right and some wrong? Without that all advantages are 0."""
+    """Are some responses right and some wrong? Else they tell nothing apart within the group."""
     return group.reward.min() < group.reward.max()
 
 

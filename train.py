@@ -296,7 +296,7 @@ def sample_rows(step, groups):
     rows = []
     for g in groups[:samples_per_step]:
         advantage = response_advantages(g, **of_response)
-        margin = advantages.dagrpo_margins(g.score, advantage)
+        margin = advantages.dagrpo_margins(g.score, advantages.group_advantages(g.reward))
         prompt = tokenizer.decode(g.prompt)
         for i, text in enumerate(g.texts):
             rows.append(dict(
@@ -365,8 +365,9 @@ while True:
     for first in range(0, len(groups), prompts_per_update):
         mini_batch = groups[first:first + prompts_per_update]
         weights = losses.token_weights(mini_batch, loss_norm, max_response_tokens)
+        tokens = sum(sum(g.lengths) for g in mini_batch)
         for group, weight in zip(mini_batch, weights):
-            group.weight, group.update_tokens = weight, sum(sum(g.lengths) for g in mini_batch)
+            group.weight, group.update_tokens = weight, tokens
         live = [g for g in mini_batch if kl_coef or llds or has_signal(g)]
         updates.append(model_utils.pack_update(live, tokens_per_micro_batch, bool(updates), device))
 
@@ -400,8 +401,7 @@ while True:
                 figures.sum("train/tokens", ~batch.is_anchor)
                 figures.sum("packed", batch.input_ids.numel())
                 if update is not updates[0]:  # what the updates before did to right responses
-                    moved = torch.zeros(len(batch.correct), device=device)
-                    moved.index_add_(0, batch.response, logp.detach() - batch.old_logp)
+                    moved = losses.per_response(logp.detach() - batch.old_logp, batch)
                     figures.mean("displacement/mean", moved, where=batch.correct)
                     figures.mean("displacement/fell", moved < 0, where=batch.correct)
         figures.mean("train/grad_norm", model_utils.optimizer_step(net, optimizer, grad_clip))
