@@ -29,6 +29,9 @@ def test_weights_are_eq_1_and_the_other_normalisations():
     assert loss([[1, 3], [2, 2]]) == 1 / 4 == loss([[1, 3], [2, 2]], "std", "token")
     assert loss([[1, 3], [2, 2]], "mean", "constant") == 1 / 20
     assert loss([[1, 3], [2, 2]], "std", "response") == 0
+    groups = [make_group([1], [range(n) for n in lengths]) for lengths in ([1, 3], [2, 5])]
+    weights = np.concatenate(token_weights(groups, "response"))
+    assert weights == pytest.approx([1 / 4, 1 / 12, 1 / 8, 1 / 20])  # 1 / (tokens x 2 x 2)
     # groups of different lengths tell eq. 1 from DAPO
     assert loss([[1, 3], [1, 1]]) == 1 / 4 and loss([[1, 3], [1, 1]], "std", "token") == 1 / 3
 
