@@ -40,16 +40,13 @@ class Old:
     temperature: float = 1.0
 
 
-# --------------------------------------------------------------------------------------------------
-# advantages
+# ---- advantages ----------------------------------------------------------------------------------
 
 def group_advantages(reward, advantage_norm="std"):
     """A_i = (r_i - mean) / std over the group, population std ([NTHR] eq. 1). (G,) -> (G,) float64.
-
     advantage_norm "mean": r_i - mean, not divided ([DrGRPO], [DaGRPO]). Anchors count like any
     other response. A group with one outcome has no signal: all 0. "sign": 1 for right, -1 for wrong
-    responses, whatever the others are ([NSR]).
-    """
+    responses, whatever the others are ([NSR])."""
     if advantage_norm == "sign":
         return np.where(reward == 1, 1.0, -1.0)
     centred = reward.astype(np.float64) - reward.mean(dtype=np.float64)
@@ -61,17 +58,15 @@ def group_advantages(reward, advantage_norm="std"):
 
 def response_advantages(group, advantage_norm="std", pos_weight=1.0, neg_weight=1.0):
     """The advantages of a group's responses before a variant, (G,): all 0 without a signal.
-
     [NSR] is advantage_norm "sign" with weights of 1 and 0 (PSR), 0 and 1 (NSR), 0.1 and 1
-    (W-REINFORCE).
-    """
+    (W-REINFORCE)."""
     weight = np.where(group.reward == 1, pos_weight, neg_weight)
     return weight * group_advantages(group.reward, advantage_norm)
 
 
 def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, neg_weight=1.0,
                      nthr_beta=1.0, nthr_eta=None, nthr_vocab="response", thr_p=0.0,
-                     thr_tau="min", entropy_share=0.2, delta=3.0, figures=None):
+                     entropy_share=0.2, delta=3.0, figures=None):
     """The advantage of every response token of ONE group, (n,), a constant of the step.
 
     group: data.Group; old: Old. figures: figures.Figures, notes what a variant does; or None.
@@ -83,12 +78,11 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
     spare_entropy  eta A_i for as many, those of highest entropy; spare_logp: of lowest logp
     thr            A_i 1[|THR| > tau] (1 + thr_p sign THR), THR = s of right, -s of wrong responses,
                    every source token weighted by 1 / (tokens of its response) ([THR]). tau is that
-                   of `threshold`, with these s; the paper leaves open whether the minimum over
-                   correct responses or (thr_tau "mean") their mean is meant
+                   of `threshold`, with these s: the paper leaves open whether the lowest mean of a
+                   correct response is meant, as here and in NTHR, or the mean over them
     entropy_top    A_i for the entropy_share of the group's tokens with the highest entropy, else 0
                    ([ENTROPY], which takes them from the whole batch)
-    dagrpo         lambda_i A_i: 0 for whole responses that the judge cannot tell apart
-    """
+    dagrpo         lambda_i A_i: 0 for whole responses that the judge cannot tell apart"""
     lengths = group.lengths
     advantage = response_advantages(group, advantage_norm, pos_weight, neg_weight)  # (G,)
     if variant == "pos_only":
@@ -109,7 +103,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
         s = influence(old, tokens, source, nthr_vocab)
     if variant == "thr":
         thr = torch.where(wrong, -s, s)
-        kept = thr.abs() > threshold(s, group, nthr_beta, thr_tau)
+        kept = thr.abs() > threshold(s, group, nthr_beta)
         A = A * kept * (1 + thr_p * thr.sign())
         if figures is not None:
             figures.mean("thr/kept", kept)
@@ -140,8 +134,7 @@ def to_device(x, like, dtype=torch.float32):
     return torch.from_numpy(x).to(dtype).to(like.device, non_blocking=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# NTHR: which tokens of incorrect responses pull the likelihood of correct ones down
+# ---- NTHR: which tokens of incorrect responses pull the likelihood of correct ones down ----------
 
 @torch.no_grad()
 def influence(old, tokens, source, vocab="response", chunk=512):
@@ -154,8 +147,7 @@ def influence(old, tokens, source, vocab="response", chunk=512):
     old: Old; tokens (n,) int and source (n,), weights, 0 for most, both on the host. vocab
     "response": only rows of the head whose tokens are in the group (V*_x, softmax still over all
     of them), or "full". Returns (n,) in float32 (float64 of float64). lse is known, so u comes a
-    block of the vocabulary at a time: at most chunk x V numbers exist at once.
-    """
+    block of the vocabulary at a time: at most chunk x V numbers exist at once."""
     dtype = torch.promote_types(old.h.dtype, torch.float32)
     h, shift = old.h.to(dtype), -old.lse[:, None].to(dtype)
     head, column = old.head, tokens
@@ -166,10 +158,6 @@ def influence(old, tokens, source, vocab="response", chunk=512):
     weight = to_device(source[source != 0], h, dtype)
     source = to_device(np.flatnonzero(source), h, torch.int64)
     h_source = h.index_select(0, source) * weight[:, None]  # (K, d)
-
-    # sum_k <u_t, u_k> <h_t, h_k> as it stands, or through M (V x d): whichever multiplies less
-    pairwise = len(source) <= h.shape[1]
-    pairs = h.new_zeros(len(h), len(source) if pairwise else 0)  # <u_t, u_k>
     s = h.new_zeros(len(h))
     block = max(1, chunk * len(head) // max(1, len(h)))
     for a in range(0, len(head), block):
@@ -177,32 +165,24 @@ def influence(old, tokens, source, vocab="response", chunk=512):
         u = torch.addmm(shift, h, w.T, alpha=1 / old.temperature).exp_().neg_()  # (n, block)
         here = ((column >= a) & (column < a + len(w))).to(dtype)
         u.scatter_add_(1, (column - a).clamp(0, len(w) - 1)[:, None], here[:, None])
-        u_source = u.index_select(0, source)  # (K, block)
-        if pairwise:
-            pairs.addmm_(u, u_source.T)
-        else:
-            s += torch.linalg.vecdot(u, h @ (h_source.T @ u_source))
-    return torch.linalg.vecdot(pairs, h @ h_source.T) if pairwise else s
+        M = h_source.T @ u.index_select(0, source)  # (d, block), transposed
+        s += torch.linalg.vecdot(u, h @ M)
+    return s
 
 
-def threshold(s, group, beta=1.0, over="min"):
-    """tau = beta x the lowest (over "mean": the mean) mean of s of a correct response, ().
-
+def threshold(s, group, beta=1.0):
+    """tau = beta x the lowest mean of s of a correct response, ().
     [NTHR] eq. 9. The sum in s is over all correct responses, the response itself included, as in
-    the formulas. tau may be negative; -inf for beta=-inf; inf without a correct response.
-    """
+    the formulas. tau may be negative; -inf for beta=-inf; inf without a correct response."""
     means = [x.mean() for x, reward in zip(s.split(group.lengths), group.reward) if reward == 1]
     if not means or beta == -np.inf:
         return s.new_full((), -torch.inf if means else torch.inf)
-    means = torch.stack(means)
-    return beta * (means.min() if over == "min" else means.mean())
+    return beta * torch.stack(means).min()
 
 
 def nthr_select(s, group, beta=1.0):
     """(selected (n,), tau ()): tokens of incorrect responses with s (n,) > tau, see `threshold`.
-
-    [NTHR] eq. 8, Algorithm 1. beta=-inf selects every incorrect token.
-    """
+    [NTHR] eq. 8, Algorithm 1. beta=-inf selects every incorrect token."""
     wrong = to_device(np.repeat(group.reward == 0, group.lengths), s, torch.bool)
     tau = threshold(s, group, beta)
     return wrong & (s > tau), tau
@@ -221,11 +201,9 @@ def as_many(selected, by, lengths):
 
 def gwhes(s_positive, s_negative, group):
     """Group-weighted hidden embedding score of correct responses ([NTHR] eq. 5), others nan: (G,).
-
     s_positive, s_negative (n,): `influence` with the group's correct, and its incorrect, tokens as
     source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
-    p/sqrt(p(1-p)).
-    """
+    p/sqrt(p(1-p))."""
     p = group.reward.mean(dtype=np.float64)
     if p in (0, 1):
         return s_positive.new_full((len(group.reward),), torch.nan)
@@ -235,16 +213,13 @@ def gwhes(s_positive, s_negative, group):
     return score.where(to_device(group.reward == 1, score, torch.bool), torch.nan)
 
 
-# --------------------------------------------------------------------------------------------------
-# DaGRPO: which responses a judge can tell apart
+# ---- DaGRPO: which responses a judge can tell apart ----------------------------------------------
 
 def dagrpo_margins(score, advantage):
     """How far the judge's score tells every response from the hardest one of the other sign, (G,).
-
     [DaGRPO]: S_j - max over negatives of S for A_j > 0, min over positives of S - S_k for A_k < 0,
     by the advantages of the whole group, anchors among them. -inf where A = 0 or there is no
-    opposite: no gradient anyway. nan if the group lacks a score (nan).
-    """
+    opposite: no gradient anyway. nan if the group lacks a score (nan)."""
     if np.isnan(score).any():
         return np.full(len(score), np.nan)
     positive, negative = advantage > 0, advantage < 0

@@ -2,19 +2,18 @@
 
     python train.py config/quickstart.py --learning_rate=2e-5 --resume
 
-A script assigns its settings as plain module globals and then calls `configure(globals())`.
-Arguments without `--` are config files: Python, executed in order, later ones win. `--key=value`
-and `--key value` win over every file; a bare `--key` turns a boolean on, and a setting that is
-`()` by default takes all words up to the next flag. The type of a setting is the type of its
-default (None takes anything), an int is accepted for a float, and a name the script does not have
-is refused with the nearest one it has. Any mistake is one line on stderr and exit code 2: see
-`die`.
+A script assigns its settings as plain globals and then calls `configure(globals())`. Arguments
+without `--` are config files: Python, executed in order, later ones win. `--key=value` and `--key
+value` win over every file; a bare `--key` turns a boolean on, and a setting that is `()` by default
+takes all words up to the next flag. The type of a setting is that of its default (None takes
+anything), an int will do for a float, and an unknown name is refused with the nearest one.
 """
 import ast
 import builtins
 import difflib
 import inspect
 import math
+import operator
 import os
 import sys
 import traceback
@@ -32,9 +31,7 @@ def print0(*args, **kwargs):
 
 def die(message):
     """End the program because of bad input: one line on stderr, exit code 2, no traceback.
-
-    On several machines each one's first rank says so: it may lack what another has.
-    """
+    On several machines each one's first rank says so: it may lack what another has."""
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -96,10 +93,8 @@ def _run_file(path, settings):
 
 def configure(script_globals, argv=None):
     """Override `script_globals` in place from config files and flags; returns the settings.
-
     Settings are the globals so far without a leading underscore whose values are bool, int, float,
-    str, tuple or None. argv: list of str, default sys.argv[1:].
-    """
+    str, tuple or None. argv: list of str, default sys.argv[1:]."""
     argv = list(sys.argv[1:] if argv is None else argv)
     types = (bool, int, float, str, tuple, type(None))
     defaults = {key: value for key, value in script_globals.items()
@@ -145,43 +140,35 @@ def settings_for(function, config):
     return {key: config[key] for key in inspect.signature(function).parameters if key in config}
 
 
-def check(settings, known, above_zero="", not_negative="", count="", text="", infinite=""):
+def check(settings, known, ranges, infinite=""):
     """End the program if a setting has a value that no run can use.
-
-    known: {key: a tuple of the values it may have, or a list of those that the setting, a tuple,
-    may hold}; the type float among them stands for any number. The others are keys, with spaces
-    between: of numbers; whole numbers or None; texts or None; numbers that may be infinite.
-    """
-    def is_number(x):
-        return type(x) in (int, float)
-
+    known: {key: a tuple of the values it may have and of their types, or a list of those that the
+    setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, which None passes.
+    infinite: keys of numbers that may be infinite."""
+    types = {float: "a number", int: "a whole number", str: "a text"}
     for key, values in known.items():
         for value in settings[key] if isinstance(values, list) else (settings[key],):
-            if value not in values and not (float in values and is_number(value)):
-                names = ", ".join("a number" if v is float else str(v) for v in values)
+            kinds = {type(value), float} if type(value) is int else {type(value)}
+            if value not in values and not kinds & {*values}:
+                names = ", ".join(types.get(v, str(v)) for v in values)
                 die(f"{key}: {value!r} is none of {names}")
     for key, value in settings.items():
         if isinstance(value, float) and (math.isnan(value) or
                                          math.isinf(value) and key not in infinite.split()):
             die(f"{key}: {value} is not a finite number")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    rules = [
-        (above_zero, lambda x: x > 0, "above 0"),
-        (not_negative, lambda x: x >= 0, "0 or more"),
-        (count, lambda x: x is None or type(x) is int and x > 0, "a whole number above 0"),
-        (text, lambda x: x is None or isinstance(x, str), "a text"),
-        ("tp", lambda x: ranks % x == 0, f"a divisor of {ranks}, the ranks of a machine"),
-        ("seed", lambda x: x < 2**32, "below 2**32, the most that numpy takes"),
-        ("data_dir", lambda x: x is None or os.path.isdir(x), "a folder"),
-        ("gpu_memory_utilization", lambda x: x is None or is_number(x) and 0 < x < 1,
-         "a number between 0 and 1"),
-        ("adam_betas", lambda x: len(x) == 2 and all(is_number(b) and 0 <= b < 1 for b in x),
-         "two numbers in [0, 1)"),
-    ]
-    for keys, is_right, what in rules:
+    holds = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+    for bound, keys in (*ranges.items(), (">= 0", "seed"), ("< 4294967296", "seed"), ("> 0", "tp")):
+        sign, limit = bound.split()
         for key in keys.split():
-            if key in settings and not is_right(settings[key]):
-                die(f"{key}: {settings[key]!r} is not {what}")
+            value = settings.get(key)
+            if value is not None and not holds[sign](value, float(limit)):
+                die(f"{key}: {value!r} is not {bound}")
+    ranks, tp = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.get("tp", 1)
+    if ranks % tp:
+        die(f"tp: {tp} is not a divisor of {ranks}, the ranks of a machine")
+    betas = settings.get("adam_betas", (0, 0))
+    if len(betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in betas):
+        die(f"adam_betas: {betas!r} is not two numbers in [0, 1)")
 
 
 def check_folder(path, key="out_dir"):

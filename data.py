@@ -26,25 +26,34 @@ class Group:
     responses: list            # G arrays (R_i,) int32, token ids, end-of-sequence included
     rollout_logp: list         # G arrays (R_i,) float32, vLLM's, of each sampled token
     texts: list                # G str, special tokens left out
-    truncated: np.ndarray      # (G,) bool, cut off at max_response_tokens, so incorrect
     reward: np.ndarray         # (G,) float32, 1 correct, 0 incorrect
-    is_anchor: np.ndarray      # (G,) bool, a demonstration that the policy did not sample
-    score: np.ndarray          # (G,) float32, the judge's, in [1, 10]; nan: not judged
+    truncated: np.ndarray = None  # (G,) bool, cut off at max_response_tokens, so incorrect
+    is_anchor: np.ndarray = None  # (G,) bool, a demonstration that the policy did not sample
+    score: np.ndarray = None   # (G,) float, the judge's, in [1, 10]; nan: not judged
+    weight: np.ndarray = None  # (G,) float, of each response's tokens in the loss: token_weights
     seed: int = 0              # of whatever is drawn for this group
-    weight: np.ndarray = None  # (G,) of each response's tokens in the loss: losses.token_weights
     update_tokens: int = 0     # response tokens of its update, on all ranks
 
     def __post_init__(self):
-        if self.weight is None:
-            self.weight = np.zeros(len(self.responses))
+        for name, value in dict(truncated=False, is_anchor=False, score=np.nan, weight=0.0).items():
+            if getattr(self, name) is None:
+                setattr(self, name, np.full(len(self.responses), value))
 
     @property
     def lengths(self):
         return [len(r) for r in self.responses]
 
+    def part(self, first, stop):
+        """The responses first to stop - 1, as a group."""
+        some = {name: getattr(self, name)[first:stop] for name in PER_RESPONSE}
+        return dataclasses.replace(self, **some)
 
-# --------------------------------------------------------------------------------------------------
-# sets that are made here: split ("train" or "test") -> rows
+
+PER_RESPONSE = ("responses", "rollout_logp", "texts", "truncated", "reward", "is_anchor", "score",
+                "weight")
+
+
+# ---- sets that are made here: split ("train" or "test") -> rows ----------------------------------
 
 def arithmetic_problems(split, operators="+-", held_out=128):
     """Two-digit sums and differences (never negative) in a fixed order, some of them held out."""
@@ -77,85 +86,34 @@ MADE = {"arithmetic": arithmetic_problems, "sums": sum_problems,
         "addition": partial(arithmetic_problems, operators="+", held_out=512)}
 
 
-# --------------------------------------------------------------------------------------------------
-# known sets: name, split, file in data_dir without .jsonl, id[:configuration] and split on the hub
+# ---- known sets: (name, split) -> file in data_dir without .jsonl, which bench/get_data.py fetches
 
-TABLE = """\
-aime24               test  aime24                 HuggingFaceH4/aime_2024                  train
-aime25               test  aime25                 math-ai/aime25                           test
-amc23                test  amc23                  math-ai/amc23                            test
-amc83                test  amc83                  AI-MO/aimo-validation-amc                train
-math500              test  math500                HuggingFaceH4/MATH-500                   test
-minerva_math         test  minerva_math           math-ai/minervamath                      test
-olympiadbench        test  olympiadbench          Hothan/OlympiadBench:OE_TO_maths_en_COMP train
-gsm8k                train gsm8k_train            openai/gsm8k:main                        train
-gsm8k                test  gsm8k_test             openai/gsm8k:main                        test
-arc_c                test  arc_c                  allenai/ai2_arc:ARC-Challenge            test
-gpqa_diamond         test  gpqa_diamond           Idavidrein/gpqa:gpqa_diamond             train
-mmlu_pro             test  mmlu_pro_500           TIGER-Lab/MMLU-Pro                       test
-math                 train math_lvl3to5_12k_split nlile/hendrycks-MATH-benchmark           train
-deepscaler           train deepscaler_sub         agentica-org/DeepScaleR-Preview-Dataset  train
-openr1-math-46k-8192 train openr1-math-46k-8192   Elliott/Openr1-Math-46k-8192             train
-"""
-SETS = {(name, split): source  # [file, hub id, hub split]
-        for name, split, *source in map(str.split, TABLE.splitlines())}
-LETTERS = "ABCDEFGHIJ"
+TESTS = ("aime24 aime25 amc23 amc83 math500 minerva_math olympiadbench arc_c gpqa_diamond "
+         "mmlu_pro gsm8k").split()
+SETS = {(name, "test"): name for name in TESTS} | {
+    ("mmlu_pro", "test"): "mmlu_pro_500",
+    ("gsm8k", "test"): "gsm8k_test",
+    ("gsm8k", "train"): "gsm8k_train",
+    ("math", "train"): "math_lvl3to5_12k_split",
+    ("deepscaler", "train"): "deepscaler_sub",
+    ("openr1-math-46k-8192", "train"): "openr1-math-46k-8192",
+}
 
 
-def _rows(name, hub_rows):
-    """Our rows of a set's rows on the hub."""
-    for r in hub_rows:
-        problem, answer = r.get("problem") or r.get("question"), r.get("answer")
-        solution, options = r.get("solution"), r.get("options", [])
-        if name == "math" and str(r["level"])[-1] not in "345":
-            continue
-        if name == "olympiadbench":
-            answer = ",".join(r["final_answer"])
-        if name == "openr1-math-46k-8192":
-            problem, solution = r["prompt"][-1]["content"], r["target"][0]["content"]
-            answer = r["reward_model"]["ground_truth"]
-        if name == "arc_c":  # a few rows number their choices
-            options = r["choices"]["text"]
-            answer = LETTERS[r["choices"]["label"].index(r["answerKey"])]
-        if name == "gpqa_diamond":
-            problem, right = r["Question"], r["Correct Answer"].strip()
-            options = [right, *(r[f"Incorrect Answer {k}"].strip() for k in (1, 2, 3))]
-            random.Random(right).shuffle(options)  # the same in every run
-            answer = LETTERS[options.index(right)]
-        if options:
-            lettered = [f"{letter}) {option}" for letter, option in zip(LETTERS, options)]
-            problem = "\n".join([problem.strip(), "", *lettered])
-        answer = str(answer).split("####")[-1].strip()  # GSM8K's comes after its derivation
-        yield {"problem": problem, "answer": answer, "solution": solution,
-               "n_choices": len(options)}
-
-
-def splits(name):
-    """The splits of a set by its name, () for what is no name."""
-    return tuple(split for split in ("train", "test") if name in MADE or (name, split) in SETS)
-
-
-def load_problems(name, split, key="dataset", data_dir=None, hub=True, fail=die):
+def load_problems(name, split, key="dataset", data_dir="data"):
     """Rows {"problem": str, "answer": str} of a set: a name of MADE or SETS, or a JSON Lines file.
-    Rows may have "solution" (a demonstration), "n_choices" (the answer is a letter) and more. SETS
-    are looked for in data_dir, then on the Hugging Face hub if that may be asked. key: the setting
-    that named the set. fail(message): what is done if neither has it."""
+    Rows may have "solution" (a demonstration), "n_choices" (the answer is a letter) and more. key:
+    the setting that named the set."""
     if name in MADE:
         return MADE[name](split)
-    file, hub_id, hub_split = SETS.get((name, split), (None, None, None))
+    file = SETS.get((name, split))
     path = f"{data_dir}/{file}.jsonl" if file else name
     if os.path.isfile(path):
         return _read_problems(path, key)
+    known = f"`python bench/get_data.py {name}` fetches it"
     if not file:
-        die(f"{key}: {name!r} is neither a file nor a known set, or has no {split} split; known: "
-            f"{[*MADE, *SETS]}")
-    try:
-        from datasets import load_dataset
-
-        return list(_rows(name, load_dataset(*hub_id.split(":"), split=hub_split))) if hub else []
-    except Exception as e:  # no network, no access, no such version: the library raises many kinds
-        fail(f"{key}: no {file}.jsonl in {data_dir=}, and no {hub_id} on the hub: {e!r}")
-        return []
+        known = f"and {split} sets are {[n for n, s in SETS if s == split] + [*MADE]}"
+    die(f"{key}: there is no file {path}; {known}")
 
 
 def _read_problems(path, key, second="answer"):
@@ -181,16 +139,17 @@ def _read_problems(path, key, second="answer"):
 
 
 def drop_evaluated(problems, dataset, data_dir, evaluated):
-    """Training problems that are not evaluated, and how many are: (problems, int). Evaluated: those
-    of `evaluated`, and of SETS in data_dir or, if `dataset` is from the hub, there."""
+    """Training problems that are neither in `evaluated` nor in a test set in data_dir; ends the
+    program if none is."""
     rows = list(evaluated)
-    hub = not data_dir and (dataset, "train") in SETS
-    for name, split in SETS:
-        if split == "test":  # those that are gated, or gone, are only told of
-            rows += load_problems(name, split, "data_dir", data_dir, hub, print0)
+    for file in (file for (_, split), file in SETS.items() if split == "test"):
+        path = f"{data_dir}/{file}.jsonl"
+        rows += _read_problems(path, "data_dir") if os.path.isfile(path) else []
     seen = set(map(_text, rows))
     kept = [row for row in problems if _text(row) not in seen]
-    return kept, len(problems) - len(kept)
+    if len(kept) < len(problems):
+        print0(f"{dataset}: {len(kept)} of {len(problems)} problems are in no evaluation set")
+    return kept or die(f"dataset: all problems of {dataset} are in an evaluation set")
 
 
 def _text(row):
@@ -209,7 +168,7 @@ def epoch_order(size, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-# --------------------------------------------------------------------------------------------------
+# ---- demonstrations ------------------------------------------------------------------------------
 
 def load_demos(problems, dataset, path=None):
     """Demonstrations of every problem, a list of lists of texts: its own "solution", or those of
@@ -270,8 +229,6 @@ def encode_anchor(tokenizer, prompt, text, end):
     """Token ids of a demonstration as the response to a prompt, int32 (R,), end token included."""
     if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):  # opened by the template already
         text = text.lstrip().removeprefix("<think>").lstrip()
-    if not tokenizer.chat_template:
-        text = " " + text.lstrip()  # after "Answer:"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return np.array(ids + [end], np.int32)
 
@@ -289,8 +246,7 @@ def with_anchor(group, ids, replace):
     return dataclasses.replace(group, **anchor, weight=None)
 
 
-# --------------------------------------------------------------------------------------------------
-# How a set's problems are put to a model, if not as BOXED; few_shot: earlier turns of the chat
+# ---- prompts: how a set's problems are put to a model, if not as BOXED ---------------------------
 
 BOXED = dict(few_shot=(), system_prompt=(
     "Please reason step by step, and put your final answer within \\boxed{}."))
@@ -308,14 +264,6 @@ SUMS = dict(
     max_response_tokens=48)
 STYLES = {"arithmetic": ARITHMETIC, "addition": ARITHMETIC, "sums": SUMS}
 
-PLAIN = """\
-{% set names = {"system": "", "user": "Question: ", "assistant": "Answer: "} %}
-{% for message in messages if message.content %}
-{{ names[message.role] + message.content }}
-
-{% endfor %}
-Answer:"""  # the chat template of a tokenizer that has none
-
 
 def chat(*texts):
     """A chat of the user's and the assistant's texts by turns: a list of {"role", "content"}."""
@@ -325,11 +273,9 @@ def chat(*texts):
 
 def encode_chats(tokenizer, chats):
     """Token ids of chats, lists of {"role", "content"}, up to the answer that is asked for."""
-    plain = not tokenizer.chat_template
-    texts = tokenizer.apply_chat_template(
-        chats, chat_template=PLAIN if plain else None, add_generation_prompt=True, tokenize=False)
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     # a chat template writes its own begin-of-sequence token
-    return tokenizer(texts, add_special_tokens=plain)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=None):
@@ -355,9 +301,12 @@ def load_tokenizer(model, key="model"):
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+        tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
     except Exception as e:  # OSError, ValueError, KeyError and the libraries' own
         die(f"{key}: cannot read {model}: {e}")
+    if not tokenizer.chat_template:
+        die(f"{key}: {model}: its tokenizer has no chat template")
+    return tokenizer, config
 
 
 def check_lengths(prompts, max_response_tokens, context, name):

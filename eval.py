@@ -1,16 +1,17 @@
 """Accuracy of models on the papers' benchmarks or your own problems, through vLLM.
 
     python eval.py --ckpt=out/quickstart        a run: its checkpoints, on its own held-out problems
-    python eval.py --ckpt=Qwen/Qwen2.5-Math-1.5B --protocol=nthr     a row of [NTHR] Table 2
+    python eval.py config/eval_nthr.py --ckpt=Qwen/Qwen2.5-Math-1.5B     a row of [NTHR] Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0    all runs in out/
     torchrun --nproc_per_node=8 -- eval.py --ckpt=DIR --n=8 --tp=2     `--`, since torchrun has --n
     python eval.py --compare a.jsonl b.jsonl    two models' responses to the same problems
 
 Results are in eval/ beside the checkpoints of a run, of other models in out/eval/: results.json
-and results.md of the last command, accuracy.png over a run's steps, and for every model and set a
-file of all responses with their grades, which is not done again. A checkpoint of train.py is asked
-as it was trained: prompt and length come from its run_config.json.
+and results.md of the last command, and for every model and set a file of all responses with their
+grades, which is not done again. A checkpoint of train.py is asked as it was trained: prompt and
+length come from its run_config.json.
 """
+import contextlib
 import json
 import math
 import os
@@ -24,53 +25,37 @@ from rollout import build_engine, generate_all_ranks, load_weights
 
 # isort: split
 import torch.distributed as dist
-from safetensors import safe_open
 
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
-from grader import vote
 from model_utils import setup_distributed
-from plot import plot_steps
-from runs import kept_rows, write_json, write_jsonl, write_whole
+from runs import check_checkpoint, free_name, write_json, write_jsonl, write_whole
 
 # A run's folder, a folder of runs, a step_* folder, any Hugging Face folder; several folders of one
 # kind of model, with commas; or a hub id.
 ckpt = "out/quickstart"
-protocol = None  # "nthr" or "dagrpo": the paper's sets, samples and temperature, see PROTOCOLS
-# Names of data.py and JSON Lines files, with commas; None: the protocol's, the run's, or arithmetic
-data = None
-data_dir = None  # folder of JSON Lines files, where names are looked for before the hub
-n = None  # responses a problem; None: the protocol's, else 1
-temperature = None  # None: the protocol's, else 0, greedy
+as_trained = True             # ask a checkpoint of train.py with its run's prompt, length and set
+data = None                   # sets and JSON Lines files, with commas; None: the run's, arithmetic
+data_dir = None               # where known sets are; None: as in training, or data/
+n = 1                         # responses a problem
+n_of = ()                     # (("aime24", 32), ...): of sets that want another number
+temperature = 0.0             # 0: greedy
 top_p = 1.0
-# None: the protocol's, as in training, the set's own, or 2048; cut to what the context leaves
-max_response_tokens = None
-max_problems = None  # the first so many of each set; None: all, of a run's own as in training
-system_prompt = None  # None: as in training, else the set's own
-few_shot = None  # likewise
-seed = 0  # of sampling; a problem's responses do not depend on the number of ranks
-out_dir = None  # None: eval/ beside a run's checkpoints, out/eval for other models
-compare = ()  # two files of responses: compare them and do nothing else
-dtype = "auto"  # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
-tp = 1  # GPUs an engine is spread over; the ranks make nproc / this engines
+max_response_tokens = None    # None: as in training, the set's own, 2048; at most what fits
+max_problems = None           # the first so many of each set; None: all, or as in training
+system_prompt = None          # None: as in training, else the set's own
+few_shot = None               # likewise
+seed = 0                      # of sampling; the number of ranks changes nothing
+out_dir = None                # None: eval/ beside a run's checkpoints, out/eval for other models
+compare = ()                  # two files of responses: compare them and do nothing else
+dtype = "auto"                # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
+tp = 1                        # GPUs an engine is spread over; the ranks make nproc / this engines
 gpu_memory_utilization = 0.9  # share of each GPU that vLLM takes
-max_num_seqs = None  # sequences an engine runs at once; None: vLLM's own choice
+max_num_seqs = None           # sequences an engine runs at once; None: vLLM's own choice
 
-OUT_OF_DISTRIBUTION = "arc_c,gpqa_diamond,mmlu_pro"  # averaged by themselves
-# [NTHR] sec. 5: greedy. [DaGRPO]: temperature 0.6, avg@32 on the small sets, 1 on the others.
-# Lengths: the longest that the papers trained with.
-PROTOCOLS = {
-    None: {},
-    "nthr": {"max_response_tokens": 4000,
-             "data": "aime24,amc23,math500,minerva_math,olympiadbench"},
-    "dagrpo": {"max_response_tokens": 8192, "temperature": 0.6,
-               "n_of": {"aime24": 32, "aime25": 32, "amc83": 32},
-               "data": "aime24,aime25,amc83,math500,minerva_math,olympiadbench,"
-                       + OUT_OF_DISTRIBUTION},
-}
+OUT_OF_DISTRIBUTION = ("arc_c", "gpqa_diamond", "mmlu_pro")  # averaged by themselves: [DaGRPO]
 
-# --------------------------------------------------------------------------------------------------
-# statistics
+# ---- statistics ----------------------------------------------------------------------------------
 
 def pass_at_k(correct, k):
     """Unbiased probability that one of k of n responses is correct (arXiv 2107.03374). correct: n
@@ -78,20 +63,14 @@ def pass_at_k(correct, k):
     return 1.0 - math.comb(correct.count(0), k) / math.comb(len(correct), k)
 
 
-def majority(votes, correct):
-    """Probability that the most frequent of n answers is correct, ties broken at random. votes: the
-    answers, None where there is none, which never wins and is not correct."""
-    counts = [0 if v is None else votes.count(v) for v in votes]
-    return np.mean([c for c, count in zip(correct, counts) if count == max(counts)])
-
-
 def bootstrap(sets, seed=0, draws=10_000):
-    """95% interval (low, high) of the mean over sets of their means, problems drawn anew. sets:
+    """[mean, low, high] over sets of their means, with its 95% interval, problems drawn anew. sets:
     for each the values of its problems (P,)."""
     rng = np.random.default_rng(seed)
     means = [[rng.choice(values, len(values)).mean() for _ in range(draws)]
              for values in map(np.array, sets)]
-    return tuple(np.quantile(np.mean(means, 0), (0.025, 0.975)).tolist())
+    interval = np.quantile(np.mean(means, 0), (0.025, 0.975))
+    return [float(np.mean([np.mean(values) for values in sets])), *interval.tolist()]
 
 
 def mcnemar(only_a, only_b):
@@ -102,18 +81,16 @@ def mcnemar(only_a, only_b):
 
 
 def summarize(rows):
-    """A set's figures, with 95% intervals over its P problems, from the rows of its file."""
+    """A set's figures from the rows of its file: of each problem, and `bootstrap` over them."""
     n = len(rows[0]["correct"])
-    figures = {"accuracy": [np.mean(r["correct"]) for r in rows]}  # each (P,)
+    of_problems = {"accuracy": [np.mean(r["correct"]) for r in rows]}
     for k in range(2, n + 1):
         if n % k == 0:
-            figures[f"pass@{k}"] = [pass_at_k(r["correct"], k) for r in rows]
-    if n > 1:
-        figures[f"maj@{n}"] = [majority(r["vote"], r["correct"]) for r in rows]
-    summary = {name: np.mean(values) for name, values in figures.items()}
-    summary |= {key: np.mean([r[key] for r in rows]) for key in ("length", "truncated")}
-    summary["intervals"] = {name: bootstrap([values]) for name, values in figures.items()}
-    return summary | {"by_problem": figures["accuracy"]}
+            of_problems[f"pass@{k}"] = [pass_at_k(r["correct"], k) for r in rows]
+    for key in ("length", "truncated"):
+        of_problems[key] = [np.mean(r[key]) for r in rows]
+    figures = {name: bootstrap([values]) for name, values in of_problems.items()}
+    return {"figures": figures, "of_problems": of_problems}
 
 
 def compare_files(*paths):
@@ -131,20 +108,19 @@ def compare_files(*paths):
         die(f"compare: no problem is in both {' and '.join(paths)}")
     x, y = np.array(both).T
     gain = y - x
-    low, high = bootstrap([gain])
+    mean, low, high = bootstrap([gain])
     print0(f"{len(both)} problems in both: first {x.mean():.1%}, second {y.mean():.1%}")
-    print0(f"difference {gain.mean():+.1%}, 95% {low:+.1%} to {high:+.1%} (paired bootstrap)")
+    print0(f"difference {mean:+.1%}, 95% {low:+.1%} to {high:+.1%} (paired bootstrap)")
     if {*x, *y} <= {0, 1}:  # one response a problem
         only = [*gain].count(-1), [*gain].count(1)
         print0(f"solved by one only {only}, McNemar's exact p = {mcnemar(*only):.3g}")
 
 
-# --------------------------------------------------------------------------------------------------
-# what to evaluate
+# ---- what to evaluate ----------------------------------------------------------------------------
 
 def find_models(ckpt):
     """{folder: {file of weights: when it was changed}} of a part of the setting ckpt, a run's
-    checkpoints oldest first, without those that are not whole; or {hub id: None}."""
+    checkpoints oldest first, without those that are damaged; or {hub id: None}."""
     here, models = Path(ckpt).absolute(), {}
     if not here.is_dir():
         return {ckpt: None}
@@ -152,34 +128,31 @@ def find_models(ckpt):
     if not (here / "config.json").exists():
         folders = sorted(here.glob("step_??????")) or sorted(here.glob("*/step_??????"))
     for folder in folders:
-        index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
         try:
-            if index.exists():
-                files = {*json.loads(index.read_text())["weight_map"].values()}
-            for file in files:
-                safe_open(folder / file, "pt")
-            models[str(folder)] = {file: os.path.getmtime(folder / file) for file in files}
+            if (folder / "trainer_state.json").exists():
+                check_checkpoint(folder, unread=["optimizer.pt"])
+            weights = {file.name: file.stat().st_mtime for file in folder.glob("*.safetensors")}
+            models |= {str(folder): weights} if weights else {}
         except Exception as e:  # whatever is wrong with it
-            print0(f"note: cannot read {folder}: {e}; left out")
+            print0(f"note: {folder} is damaged: {e}; left out")
     return models or die(f"ckpt: {ckpt} is neither a whole model nor a run with whole checkpoints")
 
 
 def plan(model, tokenizer, room, given):
     """What to ask a model: (settings, tokenizer, problems, prompts) of every set.
-
-    model: its own settings; room: tokens of its context; given: those of eval.py or a protocol."""
+    model: its own settings; room: tokens of its context; given: those of eval.py."""
     run, path = {}, Path(model["ckpt"], "run_config.json")
-    if path.exists() and not protocol:  # which asks all models alike
+    if path.exists() and as_trained:
         run = json.loads(path.read_text())
     own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
     if "data" not in given:
         run["max_problems"] = run.get("eval_problems")
     for name in given.get("data", own).split(","):
         how = {"dataset": name, "max_response_tokens": 2048} | STYLES.get(name, {}) | run
-        how |= {"temperature": 0.0, "n": given.get("n_of", {}).get(name, 1)} | given
+        how |= given | {"n": dict(n_of).get(name, n)}
         if how["n"] > 1 and how["temperature"] == 0:
             die(f"n: {how['n']} greedy responses are all the same; give a temperature")
-        problems = load_problems(name, "test", "data", how.get("data_dir"))
+        problems = load_problems(name, "test", "data", how.get("data_dir") or "data")
         problems = problems[: how.get("max_problems")]
         prompts = encode_prompts(tokenizer, problems, **settings_for(encode_prompts, how))
         longest = check_lengths(prompts, 1, room, f"data {name}") - 1
@@ -192,27 +165,26 @@ def plan(model, tokenizer, room, given):
         yield settings, tokenizer, problems, prompts
 
 
-# --------------------------------------------------------------------------------------------------
-# results: files of responses, a line with the settings, then one for each problem; tables
+# ---- results: files of responses, a line with the settings, then one for each problem; tables ----
 
-def rows_of_rank0(path, settings):
-    """kept_rows on all ranks, since other machines may not have the file."""
-    found = [kept_rows(path, settings) if is_rank0() else None]
+def kept_rows(path, settings):
+    """The rows after the first of a file that write_jsonl left, on all ranks; None if there is no
+    such file. The first row are the settings that they belong to: a file of others, or a damaged
+    one, is renamed."""
+    found = [None]
+    if is_rank0() and os.path.exists(path):
+        with contextlib.suppress(ValueError):
+            first, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+            found = [rows if first == settings else None]
+        if found == [None]:
+            os.rename(path, free_name(f"{path}.old_"))
     dist.broadcast_object_list(found)
     return found[0]
 
 
 def graded_row(g):
-    votes = [None if cut else vote(text, g.row) for text, cut in zip(g.texts, g.truncated)]
-    return g.row | {
-        "response": g.texts, "vote": votes, "length": g.lengths,
-        "correct": g.reward.tolist(), "truncated": g.truncated.tolist(),
-    }
-
-
-def percent(mean, interval):
-    low, high = interval
-    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return g.row | {"response": g.texts, "length": g.lengths, "correct": g.reward.tolist(),
+                    "truncated": g.truncated.tolist()}
 
 
 def table(rows):
@@ -221,32 +193,31 @@ def table(rows):
     return "".join([head, "| --- " * len(rows[0]), "|\n", *body])
 
 
+def with_interval(mean, low, high, scale=100):
+    """A figure with its 95% interval as text, by default in percent."""
+    return f"{scale * mean:.1f} ({scale * low:.1f} to {scale * high:.1f})"
+
+
+def averages(results):
+    """More results: the mean accuracy over sets, as in the papers' tables."""
+    sets = {}
+    for r in results:
+        name = "OOD Avg" if r["data"] in OUT_OF_DISTRIBUTION else "Avg"
+        sets.setdefault((r["model"], name), []).append(r["of_problems"]["accuracy"])
+    return [{"model": model, "data": name, "figures": {"accuracy": bootstrap(values)}}
+            for (model, name), values in sorted(sets.items())]
+
+
 def results_table(results):
-    """Markdown: a row for every model and set."""
-    text = ("| model | set | problems x n | T | figures (95%) | length | truncated |\n"
-            "| --- | --- | --- | --- | --- | --- | --- |\n")
+    """Markdown: a row for every model and figure, shares in percent; a column for every set."""
+    names = dict.fromkeys(r["data"] for r in results)
+    cells = {}  # (model, figure): {set: text}
     for r in results:
-        figures = ", ".join(f"{k} {percent(r[k], ends)}" for k, ends in r["intervals"].items())
-        text += (f"| {r['model']} | {r['data']} | {len(r['by_problem'])} x {r['n']} "
-                 f"| {r['temperature']:g} | {figures} | {r['length']:.1f} "
-                 f"| {r['truncated']:.1%} |\n")
-    return text
-
-
-def protocol_table(results):
-    """Markdown as in the papers: a row for every model, its accuracy on the sets and averaged."""
-    columns = {}  # of a set or average: {model: of each set the accuracy of its problems}
-    for r in results:
-        average = "OOD Avg" if r["data"] in OUT_OF_DISTRIBUTION else "Avg"
-        for name in (r["data"], average):
-            columns.setdefault(name, {}).setdefault(r["model"], []).append(r["by_problem"])
-    cells = [["model", *columns[r["data"]]]]
-    for name in sorted(columns, key=lambda name: "Avg" in name):
-        cells.append([name])
-        for sets in columns[name].values():
-            mean = np.mean([np.mean(x) for x in sets])
-            cells[-1].append(percent(mean, bootstrap(sets)))
-    return table([*zip(*cells)])
+        for figure, ends in r["figures"].items():
+            text = with_interval(*ends, 1 if figure == "length" else 100)
+            cells.setdefault((r["model"], figure), {})[r["data"]] = text
+    return table([["model", "figure", *names],
+                  *([*key, *(row.get(name, "") for name in names)] for key, row in cells.items())])
 
 
 if __name__ == "__main__":
@@ -254,15 +225,13 @@ if __name__ == "__main__":
     if compare:
         compare_files(*compare)
         raise SystemExit
+    counts = dict.fromkeys(("max_num_seqs", "max_response_tokens", "max_problems"), (None, int))
+    texts = dict.fromkeys(("data", "data_dir", "system_prompt", "out_dir"), (None, str))
     check(
-        config,
-        dict(dtype=("auto", "float32", "bfloat16"), protocol=tuple(PROTOCOLS),
-             temperature=(None, float)),
-        not_negative="seed", count="n max_num_seqs max_response_tokens max_problems tp",
-        text="data data_dir system_prompt out_dir")
-    if (temperature or 0) < 0 or not 0 < top_p <= 1:
-        die(f"temperature={temperature}, top_p={top_p}: need temperature >= 0 and 0 < top_p <= 1")
-    given = PROTOCOLS[protocol] | {k: v for k, v in config.items() if v is not None}
+        config, counts | texts | dict(dtype=("auto", "float32", "bfloat16")),
+        {"> 0": " ".join(counts) + " n top_p gpu_memory_utilization", ">= 0": "temperature",
+         "<= 1": "top_p gpu_memory_utilization"})
+    given = {key: value for key, value in config.items() if value is not None}
     models = {}
     for part in ckpt.split(","):
         models |= find_models(part)
@@ -290,7 +259,7 @@ if __name__ == "__main__":
         folder, sampling = settings["ckpt"], settings_for(generate_all_ranks, settings)
         stem = f"{Path(settings['data']).stem}_n{settings['n']}_t{settings['temperature']:g}"
         path = f"{home}/{settings['model']}/{stem}.jsonl"
-        rows = rows_of_rank0(path, settings)
+        rows = kept_rows(path, settings)
         if rows is None:
             if inside is None:
                 engine = build_engine(folder, context, **settings_for(build_engine, config))
@@ -303,14 +272,12 @@ if __name__ == "__main__":
                 check_folder(os.path.dirname(path))
                 write_jsonl(path, [settings, *rows])
         results.append(settings | summarize(rows))
-        print0(f"{path}: accuracy {results[-1]['accuracy']:.1%}")
+        print0(f"{path}: accuracy {results[-1]['figures']['accuracy'][0]:.1%}")
     if is_rank0():
+        results += averages(results) if len(jobs) > len(models) else []
         text = results_table(results)
-        if protocol:
-            text = f"{protocol_table(results)}\n{text}"
         write_json(f"{home}/results.json", results)
         write_whole(f"{home}/results.md", text)
-        plot_steps(results, f"{home}/accuracy.png")
         print0(f"\n{text}\nalso in {home}/results.md")
     dist.barrier()
     engine = None  # last, since its shutdown ends the process group

@@ -10,10 +10,8 @@ import torch.distributed as dist
 
 class Figures:
     """Means, sums and maxima over a step's tokens, responses or groups, on all ranks.
-
     A figure's key is written where it is measured. Values are tensors, numpy arrays or numbers; a
-    GPU is not waited for before `all_ranks`.
-    """
+    GPU is not waited for before `all_ranks`."""
 
     def __init__(self, device):
         self.device = device
@@ -76,7 +74,7 @@ LINE = (
     ("update", "time/update", ".1f"), ("step", "time/step", ".1f"))
 
 
-def step_line(row):
-    """A step's figures as train.py prints them, at most 120 columns."""
-    return f"step {row['step']}: " + ", ".join(
+def step_line(row, steps):
+    """A step's figures as train.py prints them, at most 120 columns; steps: how many in all."""
+    return f"step {row['step']}/{steps}: " + ", ".join(
         f"{label} {row[key]:{form}}" for label, key, form in LINE if key in row)

@@ -174,16 +174,6 @@ def choice(boxed):
     return match and match[1].upper()
 
 
-def vote(text, problem):
-    """What a response stands for in a majority vote: a letter, number or spelling; None: none."""
-    boxed = last_boxed(text) or ""
-    if problem.get("n_choices"):
-        return choice(boxed)
-    answer, _ = normalise(boxed[:LONGEST])
-    value = number(answer)
-    return str(answer.replace(" ", "") if value is None else value) or None
-
-
 def grade_all(items, progress=False):
     r"""[(response text, problem), ...] -> [bool, ...]: is the last `\boxed{}` the problem's answer?
     problem: {"answer": str}; one with "n_choices" is multiple choice, its answer a letter. Equal

@@ -1,8 +1,8 @@
 """DaGRPO's judge: scores in [1, 10] for responses, against a demonstration of the same problem.
 
-"rubric" compares numbers; "self" asks the loaded vLLM engine, so the policy; "http://host:port/v1"
-an OpenAI-compatible server (vLLM, GPT-4o). A response is graded and never read for a score: only
-the judge's own reply is (`parse_score`). arXiv 2512.06337 has the criteria; PROMPT is ours.
+"rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o). A
+response is graded and never read for a score: only the judge's own reply is (`parse_score`). arXiv
+2512.06337 has the criteria; PROMPT is ours.
 """
 import hashlib
 import json
@@ -16,13 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import openai
-import torch
 import torch.distributed as dist
 
 from configurator import die
-from data import chat, encode_chats, share_out
+from data import chat, share_out
 from grader import last_boxed
-from model_utils import full
 
 JUDGE_TOKENS = 512  # most tokens of a reply
 RETRIES = 2         # times that a reply without a score, or none, is asked for again
@@ -88,11 +86,9 @@ def numbers(text):
 
 def rubric_score(row, text, correct, truncated):
     """1 + 0.9 x correct + 5.1 x overlap + 1.5 x reached + 1.5 x (it ends with a box), in [1, 10].
-
     reached: the share of the demonstration's intermediate results (numbers outside boxes, neither
     the problem's nor the answer) that are in the text; overlap: 2 x common / (both counts). Both
-    are 1 if it has none. A right answer alone is worth less than any delta of 1.
-    """
+    are 1 if it has none. A right answer alone is worth less than any delta of 1."""
     known = numbers(row["problem"]) | numbers(last_boxed(row["solution"]))
     want = numbers(row["solution"]) - known
     got = numbers(re.sub(BOX, " ", text)) - known
@@ -101,22 +97,6 @@ def rubric_score(row, text, correct, truncated):
     reached = common / len(want) if want else 1
     ended = not truncated and last_boxed(text) is not None
     return 1 + 0.9 * bool(correct) + 5.1 * overlap + 1.5 * ended + 1.5 * reached
-
-
-# Judges that are asked: prompts -> a reply each, in order, None for one that was cut off or failed
-
-def ask_engine(prompts, temperature, engine, tokenizer):
-    """Ask the loaded vLLM engine in one batch, those prompts that fit its context."""
-    from vllm import SamplingParams
-
-    room = engine.llm_engine.model_config.max_model_len - JUDGE_TOKENS
-    tokens = encode_chats(tokenizer, list(map(chat, prompts)))
-    asked = [{"prompt_token_ids": ids} for ids in tokens if len(ids) <= room]
-    params = SamplingParams(temperature=temperature, max_tokens=JUDGE_TOKENS)
-    results = iter(engine.generate(asked, params, use_tqdm=False))
-    for ids in tokens:
-        reply = next(results).outputs[0] if len(ids) <= room else None
-        yield reply.text if reply and reply.finish_reason == "stop" else None
 
 
 def connect(url):
@@ -130,8 +110,8 @@ def connect(url):
 
 def open_judge(judge, judge_model):
     """The name of a server's model, judge_model or the first it lists, after it has answered a
-    question; ends the program if it does not. None for other judges."""
-    if judge in ("rubric", "self"):
+    question; ends the program if it does not. None for the rubric."""
+    if judge == "rubric":
         return None
     try:
         server = connect(judge)
@@ -144,9 +124,10 @@ def open_judge(judge, judge_model):
             "OPENAI_API_KEY?")
 
 
-def ask_server(prompts, temperature, url, model):
-    """Ask an OpenAI-compatible server, CONCURRENCY requests at a time. After FAILURES in a row it
-    is taken for gone: a dead one costs a few time-outs and not one for each prompt."""
+def ask_server(url, model, prompts, temperature):
+    """A server's replies to prompts, in order, None for one that was cut off or failed; CONCURRENCY
+    requests at a time. After FAILURES in a row it is taken for gone: a dead one costs a few
+    time-outs and not one for each prompt."""
     server = connect(url)
     failures = 0
 
@@ -176,13 +157,13 @@ def read_cache(out_dir):
     return {key: float(score) for key, score in rows}
 
 
-def _asked_scores(groups, ask, name, cache, path):
+def _asked_scores(url, model, cache, path, groups):
     """Scores of groups, G each, nan for a response without one after RETRIES."""
-    questions = [[judge_prompt(g.row, text, name) for text in g.texts] for g in groups]
+    questions = [[judge_prompt(g.row, text, model) for text in g.texts] for g in groups]
     with open(path, "a", buffering=1) as file:  # a line is written at once
         for temperature in [0.0] + [0.7] * RETRIES:
             left = {key: prompt for prompt, key in chain(*questions) if key not in cache}
-            for key, reply in zip(left, ask([*left.values()], temperature)):
+            for key, reply in zip(left, ask_server(url, model, [*left.values()], temperature)):
                 score = parse_score(reply, key[:6])
                 if score:
                     cache[key] = score
@@ -190,42 +171,21 @@ def _asked_scores(groups, ask, name, cache, path):
     return [[cache.get(key, np.nan) for _, key in own] for own in questions]
 
 
-def judge_all_ranks(groups, judge, ask=None, name="", cache=None, path=os.devnull):
-    """Set the score (G,) of the groups that have a demonstration by judge "rubric", "self" or an
-    address. All ranks hold all groups and call together; each asks about a share.
+def judge_all_ranks(groups, judge, model=None, cache=None, out_dir=None):
+    """Set the score (G,) of the groups that have a demonstration by judge "rubric" or an address.
 
-    ask(prompts, temperature): ask_engine or ask_server with its other arguments. name: who is
-    asked, weights included. cache, path: the dict and file that keep scores as they come. Returns
-    counts: different responses (`asked`), groups that are trained without masks since they lack
-    a score (`groups_failed`) or a demonstration (`without_demo`).
-    """
+    All ranks hold all groups and call together; each asks about a share. model: of a server. Its
+    scores are kept as they come, in the dict `cache` and in a file of out_dir. Returns counts:
+    different responses (asked), groups that are trained without masks since they lack a score
+    (groups_failed) or a demonstration (without_demo)."""
     shown = [g for g in groups if g.row.get("solution")]
     if judge == "rubric":
         scores = [map(partial(rubric_score, g.row), g.texts, g.reward, g.truncated) for g in shown]
     else:
-        ask_share = partial(_asked_scores, ask=ask, name=name, cache=cache, path=path)
-        scores = share_out(ask_share, shown)
+        path = f"{out_dir}/judge_{dist.get_rank()}.jsonl"
+        scores = share_out(partial(_asked_scores, judge, model, cache, path), shown)
     for g, own in zip(shown, scores):
         g.score = np.array(list(own), np.float32)
-    return dict(asked=sum(len(set(g.texts)) for g in shown),
-                groups_failed=sum(bool(np.isnan(g.score).any()) for g in shown),
-                without_demo=len(groups) - len(shown))
-
-
-def longest_question(tokenizer, rows, max_response_tokens):
-    """Tokens that the judge "self" needs at most for a row with a demonstration and a response."""
-    tokens = encode_chats(tokenizer, [chat(judge_prompt(row, "")[0]) for row in rows])
-    return max(map(len, tokens)) + 64 + max_response_tokens + JUDGE_TOKENS
-
-
-def judge_step(groups, judge, judge_model, engine, tokenizer, model, cache, out_dir, figures):
-    """Judge a step's groups (judge_all_ranks) and take note of how it went. cache: read_cache."""
-    name, ask = judge_model, partial(ask_server, url=judge, model=judge_model)
-    if judge == "self":
-        sums = [full(p.detach().sum(dtype=torch.float64)).item() for p in model.parameters()]
-        name = f"self {sums}"  # a score is of one state of the weights
-        ask = partial(ask_engine, engine=engine, tokenizer=tokenizer)
-    path = f"{out_dir}/judge_{dist.get_rank()}.jsonl"
-    counts = judge_all_ranks(groups, judge, ask, name, cache, path)
-    for key, count in counts.items():  # the same on all ranks
-        figures.mean(f"judge/{key}", count)
+    return {"judge/asked": sum(len(set(g.texts)) for g in shown),
+            "judge/groups_failed": sum(bool(np.isnan(g.score).any()) for g in shown),
+            "judge/without_demo": len(groups) - len(shown)}

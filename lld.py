@@ -10,9 +10,9 @@ question alone, with the trainer's loss and optimizer, and is put back. Delta(x)
 correct responses of ln pi'(y|x) - ln pi(y|x) (eq. 2).
 
 Leaves in out_dir: groups.jsonl (the sampled token ids), questions.jsonl (a row a question),
-summary.json and summary.md, delta.png (Figs. 1, 4), gwhes.png (Table 1), success.png, tokens.html
-(Fig. 3), overlap.png (do NTHR, THR, entropy and likelihood pick the same tokens?). Stopped and
-started again, it goes on; other settings of the update keep the samples.
+summary.json and summary.md, delta.png, tokens.html (Fig. 3), overlap.png (do NTHR, THR, entropy and
+likelihood pick the same tokens?). Stopped and started again, it goes on; other settings of the
+update keep the samples.
 """
 import copy
 import itertools
@@ -33,7 +33,7 @@ import model_utils
 from advantages import VARIANTS, Old, as_many, gwhes, influence, nthr_select, threshold
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer
-from eval import bootstrap, rows_of_rank0, table
+from eval import bootstrap, kept_rows, table
 from losses import policy_loss, token_weights
 from plot import save_figure, subplots
 from runs import write_json, write_jsonl, write_whole
@@ -42,7 +42,7 @@ from runs import write_json, write_jsonl, write_whole
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
 dataset = "arithmetic"        # a set's name (data.SETS) or a JSON Lines file: `problem`, `answer`
 split = "train"               # of a name: "train" or "test"
-data_dir = None               # folder of JSON Lines files, looked through before the hub
+data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 system_prompt = None          # str; None: the data set's own
 few_shot = None               # ((question, answer), ...) as earlier turns; None: the data set's own
 seed = 0                      # of data order, sampling and Random's draw
@@ -58,16 +58,11 @@ nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct
 nthr_eta = 0.0                # share of a selected token's advantage that is left
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
 thr_p = 0.0                   # this and what follows as in train.py
-thr_tau = "min"
 entropy_share = 0.2
 advantage_norm = "std"
-pos_weight = 1.0
-neg_weight = 1.0
 loss_norm = "group"
 optimizer = "adamw"           # its first step, or "sgd"
 learning_rate = 1e-6
-weight_decay = 0.0
-adam_betas = (0.9, 0.999)
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 compute_dtype = "float32"     # of matrix products; bfloat16 rounds small changes away
 # what no question's numbers depend on
@@ -77,8 +72,6 @@ gpu_memory_utilization = 0.4  # share of each GPU that vLLM takes (CUDA)
 max_num_seqs = None           # sequences a vLLM engine runs at once; None: vLLM's own choice
 tokens_per_micro_batch = 8192  # packed tokens in one forward pass
 activation_checkpointing = False
-epsilon = 0.0                 # a question is displaced if its Delta is below this (nats)
-pages = 8                     # questions in tokens.html, those of smallest Delta
 
 config = configure(globals())
 
@@ -86,19 +79,17 @@ DTYPES = ("auto", "float32", "bfloat16")
 check(
     config,
     dict(variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
-         split=("train", "test"), nthr_vocab=("response", "full"), thr_tau=("min", "mean"),
+         split=("train", "test"), nthr_vocab=("response", "full"),
          advantage_norm=("std", "mean", "sign"), compute_dtype=DTYPES[1:], rollout_dtype=DTYPES,
-         loss_norm=("group", "response", "token", "constant")),
-    above_zero="questions max_response_tokens max_rounds oversample temperature learning_rate "
-               "tokens_per_micro_batch entropy_share",
-    not_negative="seed grad_clip weight_decay pages",
-    count="max_num_seqs",
-    text="data_dir system_prompt",
+         loss_norm=("group", "response", "token", "constant"), max_num_seqs=(None, int),
+         nthr_eta=(*advantages.ETAS, float), system_prompt=(None, str)),
+    {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
+            "tokens_per_micro_batch entropy_share max_num_seqs gpu_memory_utilization",
+     ">= 0": "grad_clip", ">= 2": "group_size",
+     "<= 1": "entropy_share gpu_memory_utilization"},
     infinite="nthr_beta oversample grad_clip")
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")
-if group_size < 2:
-    die(f"group_size: {group_size}: right and wrong responses need at least 2")
 problems = load_problems(dataset, split, data_dir=data_dir)
 tokenizer, hf_config = load_tokenizer(model)
 model_utils.check_model(model, hf_config)
@@ -110,15 +101,12 @@ check_folder(out_dir)
 device = model_utils.setup_distributed()
 world_size = dist.get_world_size()
 
-# --------------------------------------------------------------------------------------------------
-# questions with both outcomes, sampled once and kept
+# ---- questions with both outcomes, sampled once and kept -----------------------------------------
 
-names = [*config]
 as_read = [*json.loads(json.dumps(config)).items()]  # a file has lists for tuples
-of_groups = dict(as_read[:names.index("variants")])
-of_questions = dict(as_read[:names.index("out_dir")])
-groups = rows_of_rank0(f"{out_dir}/groups.jsonl", of_groups) or []
-done = rows_of_rank0(f"{out_dir}/questions.jsonl", of_questions) or []
+of_groups, of_questions = (dict(as_read[:[*config].index(key)]) for key in ("variants", "out_dir"))
+groups = kept_rows(f"{out_dir}/groups.jsonl", of_groups) or []
+done = kept_rows(f"{out_dir}/questions.jsonl", of_questions) or []
 engine = None
 if not groups:
     done = []
@@ -132,18 +120,12 @@ if not groups:
            f"{accuracy(sampled):.1%} of their responses are correct")
     if not kept:
         die(f"dataset: no question of {dataset} has right and wrong responses; more max_rounds?")
-    for g in kept:
-        groups.append(g.row | {
-            "texts": g.texts,
-            "prompt": g.prompt.tolist(),
-            "responses": [r.tolist() for r in g.responses],
-            "rewards": g.reward.tolist(),
-        })
+    groups = [g.row | {"texts": g.texts, "prompt": g.prompt.tolist(), "rewards": g.reward.tolist(),
+                       "responses": [r.tolist() for r in g.responses]} for g in kept]
     if is_rank0():
         write_jsonl(f"{out_dir}/groups.jsonl", [of_groups, *groups])
 
-# --------------------------------------------------------------------------------------------------
-# one update a question and variant
+# ---- one update a question and variant -----------------------------------------------------------
 
 compute = getattr(torch, compute_dtype)
 policy = model_utils.load_policy(model, compute, device, activation_checkpointing).train()
@@ -161,7 +143,7 @@ def ask(batches):
 
 def one_update(variant, group, old, batches):
     """What one update does to the log-likelihood of every response, (G,); theta is put back."""
-    optim = model_utils.make_optimizer(policy, learning_rate, adam_betas, weight_decay, optimizer)
+    optim = model_utils.make_optimizer(policy, learning_rate, (0.9, 0.999), 0.0, optimizer)
     advantage = advantages.token_advantages(variant, group, old, **of_variant)
     sizes = [len(batch.targets) for batch in batches]
     for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):
@@ -178,12 +160,9 @@ def measure(index):
     """The row of one question: Delta by variant, and the scores of its tokens."""
     row = groups[index]
     responses = [np.array(tokens) for tokens in row["responses"]]
-    none = np.zeros(len(responses), dtype=bool)
-    group = Group(
-        row, np.array(row["prompt"]), responses, texts=row["texts"],
-        rollout_logp=[0.0 * r for r in responses],  # not kept, nor needed
-        reward=np.array(row["rewards"]), truncated=none, is_anchor=none, score=none,
-        seed=hash((seed, index)))
+    not_kept = [0.0 * r for r in responses]
+    group = Group(row, np.array(row["prompt"]), responses, not_kept, row["texts"],
+                  np.array(row["rewards"]), seed=hash((seed, index)))
     [group.weight] = token_weights([group], loss_norm, max_response_tokens)
     [unit] = model_utils.pack_units([group], tokens_per_micro_batch, device)
     old = Old(*ask(unit.batches), head, temperature)
@@ -201,7 +180,6 @@ def measure(index):
     exact = influence(old, tokens, correct, "full")
     negative = influence(old, tokens, ~correct, "full")
     selected, tau = nthr_select(s, group, nthr_beta)
-    selected_exact, _ = nthr_select(exact, group, nthr_beta)
     wrong = torch.from_numpy(~correct).to(device)
     of_tokens = {"s": s, "thr": torch.where(wrong, -s_mean, s_mean), "entropy": old.entropy,
                  "surprisal": -old.logp, "selected_tokens": selected}
@@ -209,7 +187,7 @@ def measure(index):
         row[key] = [part.tolist() for part in x.split(lengths)]
     # incorrect tokens that are picked: NTHR's, THR's negative ones, and as many as NTHR's by others
     chance = torch.rand(len(s), generator=torch.Generator().manual_seed(index)).to(device)
-    by_thr = wrong & (s_mean > threshold(s_mean, group, nthr_beta, thr_tau))
+    by_thr = wrong & (s_mean > threshold(s_mean, group, nthr_beta))
     others = [as_many(selected, x, lengths) for x in (old.entropy, -old.logp, chance)]
     sets = torch.stack([selected, by_thr, *others]).double()
     both, sizes = sets @ sets.T, sets.sum(1)
@@ -219,8 +197,6 @@ def measure(index):
         "gwhes": gwhes(exact, negative, group).nanmean().item(),
         "tau": tau.item(),
         "selected": (selected.sum() / wrong.sum()).item(),
-        "agreement": (selected == selected_exact)[wrong].double().mean().item(),
-        "rank_correlation": spearman(s[wrong], exact[wrong])[0][1],
     }
 
 
@@ -238,14 +214,10 @@ for first in trange(len(done), len(groups), world_size, desc="lld", disable=not 
     if is_rank0():
         write_jsonl(f"{out_dir}/questions.jsonl", [of_questions, *done])
 
-# --------------------------------------------------------------------------------------------------
-# summary and pictures
-
+# ---- summary and pictures ------------------------------------------------------------------------
 
 columns = {key: np.array([row[key] for row in done])
            for key, x in done[0].items() if isinstance(x, float)}
-
-
 OVERLAPS = {"jaccard": ("nthr", "thr < 0", "entropy", "logp", "random"),
             "correlation": ("s", "-thr", "entropy", "-logp")}
 
@@ -255,7 +227,7 @@ def summarize():
     figures = {**columns, "tau < 0, share": columns["tau"] < 0}
     del figures["tau"]
     for variant in variants:
-        figures[f"delta_{variant} < epsilon, share"] = columns[f"delta_{variant}"] < epsilon
+        figures[f"delta_{variant} < 0, share"] = columns[f"delta_{variant}"] < 0
     controls = {"random", "spare_entropy", "spare_logp"}
     for better, worse in itertools.permutations(variants, 2):
         if worse == "grpo" or better == "nthr" and worse in controls:
@@ -274,7 +246,7 @@ def summarize():
         for i, j in itertools.combinations(range(len(names)), 2):
             figures[f"{what}: {names[i]}, {names[j]}"] = values[:, i, j]
     figures = {name: x[~np.isnan(x)] for name, x in figures.items()}  # NTHR may select nothing
-    return {name: [float(x.mean()), *bootstrap([x], seed)] for name, x in figures.items() if len(x)}
+    return {name: bootstrap([x], seed) for name, x in figures.items() if len(x)}
 
 
 def heat_map():
@@ -283,32 +255,35 @@ def heat_map():
     for ax, (what, names) in zip(axes.flat, OVERLAPS.items()):
         mean = np.nanmean([row[what] for row in done], axis=0)
         ax.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r", alpha=0.6)
-        ax.set_xticks(range(len(names)), names)
-        ax.set_yticks(range(len(names)), names)
-        ax.set_title(what)
+        ax.set(title=what, xticks=range(len(names)), xticklabels=names,
+               yticks=range(len(names)), yticklabels=names)
         for (i, j), x in np.ndenumerate(mean):
             ax.text(j, i, f"{x:.2f}", ha="center", va="center")
     save_figure(fig, f"{out_dir}/overlap.png")
 
 
-def picture(name, xlabel, x=None):
-    """Delta of every variant by x (questions,), the mean of those that share an x; None: sorted."""
-    fig, [[ax]] = subplots()
-    for variant in variants:
-        y = columns[f"delta_{variant}"]
-        place = y.argsort().argsort() if x is None else x
-        levels = np.unique(place)
-        ax.plot(levels, [y[place == level].mean() for level in levels], "o", label=variant)
-    ax.axhline(0, color="black")
-    ax.set(xlabel=xlabel, ylabel=r"$\Delta(x)$, nats")
+def picture():
+    """Delta of every variant: sorted, by success rate, by GWHES; the mean of those that share x."""
+    fig, axes = subplots(3)
+    for ax, (xlabel, x) in zip(axes.flat, {
+            "questions, sorted for each variant (Figs. 1, 4)": None,
+            "success rate p of the question": columns["p"],
+            "GWHES (eq. 5, Table 1), mean over correct responses": columns["gwhes"]}.items()):
+        for variant in variants:
+            y = columns[f"delta_{variant}"]
+            place = y.argsort().argsort() if x is None else x
+            levels = np.unique(place)
+            ax.plot(levels, [y[place == level].mean() for level in levels], "o", label=variant)
+        ax.axhline(0, color="black")
+        ax.set(xlabel=xlabel, ylabel=r"$\Delta(x)$, nats")
     ax.legend()
-    save_figure(fig, f"{out_dir}/{name}.png")
+    save_figure(fig, f"{out_dir}/delta.png")
 
 
 def page():
     """lld.html with the questions of smallest Delta, to be coloured by token (Fig. 3)."""
     rows = []
-    for row in sorted(done, key=lambda row: row["delta_grpo"])[:pages]:
+    for row in sorted(done, key=lambda row: row["delta_grpo"])[:8]:
         group = groups[row["question"]]
         title = f"Delta of GRPO {row['delta_grpo']:+.3f}, p = {row['p']}, tau = {row['tau']:.3g}"
         rows.append({"title": title, "prompt": tokenizer.decode(group["prompt"]), "responses": [{
@@ -331,9 +306,7 @@ if is_rank0():
     write_whole(f"{out_dir}/summary.md", text)
     write_whole(f"{out_dir}/tokens.html", page())
     heat_map()
-    picture("delta", "questions, sorted for each variant")
-    picture("success", "success rate p of the question", columns["p"])
-    picture("gwhes", "GWHES (eq. 5), mean over correct responses", columns["gwhes"])
+    picture()
     print0(f"{text}\nwrote {out_dir}/: summary.md, tokens.html, delta.png and more")
 dist.barrier()
 if engine and device.type == "cuda":

@@ -20,8 +20,7 @@ def token_weights(groups, loss_norm="group", max_response_tokens=None):
     ranks. loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "response": 1 /
     (tokens of the response x responses of the group x groups), GRPO's first form and [GSPO].
     "token": 1 / tokens of the update, [DAPO]. "constant": 1 / (responses of the group x
-    max_response_tokens x groups), [DrGRPO], [DaGRPO].
-    """
+    max_response_tokens x groups), [DrGRPO], [DaGRPO]."""
     update = sum(sum(g.lengths) for g in groups)
 
     def divisor(g):
@@ -49,8 +48,7 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
     the policy did not sample: see anchor_losses.
 
     logp (n,), with gradient; batch: its old_logp, advantage, weight, is_anchor, response (n,),
-    rollout_logp for tis_cap, ref_logp for kl_coef. clip_high > clip_low is clip-higher ([DAPO]).
-    """
+    rollout_logp for tis_cap, ref_logp for kl_coef. clip_high > clip_low is clip-higher ([DAPO])."""
     sampled = ~batch.is_anchor
     A = batch.advantage
     old_logp = torch.where(sampled, batch.old_logp, logp.detach())
@@ -103,10 +101,8 @@ def per_response(x, batch):
 
 def llds_penalty(logp, old_logp, batch):
     """Likelihood that tokens with A >= 0 lost since they were sampled, per token of the update, ().
-
     [LLDS], response gate: sum of max(0, old_logp - logp) over the tokens of responses that lost
-    likelihood as a whole, / batch.update_tokens. 0 before the step's second update.
-    """
+    likelihood as a whole, / batch.update_tokens. 0 before the step's second update."""
     lost = old_logp - logp
     gate = per_response(lost.detach(), batch) > 0  # (B,)
     counts = (batch.advantage >= 0) & gate.index_select(0, batch.response)
@@ -115,10 +111,8 @@ def llds_penalty(logp, old_logp, batch):
 
 def anchor_losses(logp, advantage, form="luffy", gamma=0.1):
     """Loss of demonstrations' tokens, without ratio, clip and KL. All (n,).
-
     "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi
-    ([LUFFY] eq. 8). "logp": -A log pi, [DaGRPO] eq. 13 to the letter.
-    """
+    ([LUFFY] eq. 8). "logp": -A log pi, [DaGRPO] eq. 13 to the letter."""
     pi = logp.exp()
     return -advantage * (logp if form == "logp" else pi / (pi + gamma))
 

@@ -8,11 +8,9 @@ from configurator import die, print0
 def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_bytes=2,
                     reference=False, tokens=8192, activation_checkpointing=False, head_chunk=512):
     """What training takes of one GPU, GiB by part, counted from a Hugging Face config.
-
     reference: with a KL term; tokens: packed tokens of a micro-batch. "held" is what stays while
     vLLM samples, "peak" what a micro-batch and its update take in all; the CUDA context and
-    fragmentation come on top.
-    """
+    fragmentation come on top."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     params = sum(p.numel() for p in model.parameters())
@@ -25,8 +23,8 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
     shards = ranks if is_sharded else 1
 
     # bytes a token that one layer keeps for the backward pass: two norms (input and result), casts
-    # to the compute type for q, k, v, gate and up, three forms of q and k, v and the gathered keys
-    # and values, attention's result, four of the MLP. Autocast keeps the residual stream's type
+    # for q, k, v, gate and up, three forms of q and k, v and the gathered keys and values,
+    # attention's result, four of the MLP. Autocast keeps the residual stream's type
     stream = compute_bytes if is_sharded else param_bytes
     casts = 5 * d if compute_bytes != stream else 0
     products = casts + head_dim * (4 * heads + 6 * kv_heads) + 4 * config.intermediate_size
@@ -54,9 +52,7 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
 
 def vllm_share(device, memory):
     """gpu_memory_utilization: the share of a GPU that training leaves for vLLM.
-
-    memory: of estimate_memory. Ends the program if that is too little.
-    """
+    memory: of estimate_memory. Ends the program if that is too little."""
     card = torch.cuda.get_device_properties(device).total_memory / 2**30
     usable = card - 3  # GiB: CUDA context, vLLM's graphs, fragments
     left = usable - memory["held"]

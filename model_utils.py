@@ -13,9 +13,8 @@ nothing computed twice.
     targets          1 2 3 4
 """
 import ctypes
-import inspect
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,25 +23,13 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from configurator import die
 from data import Group
-
-try:
-    from flash_attn import flash_attn_varlen_func
-except ImportError:  # torch's own build of the same kernels
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes fewer key heads unasked
-    GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
-        window = (-1, 0 if causal else -1)
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale,
-                           window_size=window, **GQA)
 
 
 def setup_distributed():
@@ -63,8 +50,7 @@ def setup_distributed():
     return device
 
 
-# --------------------------------------------------------------------------------------------------
-# packing: groups -> units -> micro-batches
+# ---- packing: groups -> units -> micro-batches ---------------------------------------------------
 
 @dataclass
 class MicroBatch:
@@ -95,12 +81,9 @@ class MicroBatch:
     ref_logp: torch.Tensor = None   # (n,) of the reference model, with a KL term only
 
     def to(self, device):
-        """The same on a GPU, copied from pinned memory without waiting; on a CPU itself."""
-        if torch.device(device).type == "cpu":
-            return self
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: x.pin_memory().to(device, non_blocking=True)
-                                for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+        """The same on a device."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
 
 
 @dataclass
@@ -113,10 +96,8 @@ class Unit:
 
 def pack_units(groups, tokens_per_micro_batch, device="cpu"):
     """Groups as packed units, in their order: a list of Unit.
-
     A group is cut only if it is over the budget (packed tokens) by itself, and then between
-    responses; a response that is over it makes a micro-batch alone.
-    """
+    responses; a response that is over it makes a micro-batch alone."""
     prefix = common_prefix([g.prompt for g in groups])
     shared, room = [], 0  # the groups of each unit; tokens left in the last one
     for group in groups:
@@ -128,39 +109,29 @@ def pack_units(groups, tokens_per_micro_batch, device="cpu"):
         room -= size
     units = []
     for whole in shared:
-        parts = [whole] if len(whole) > 1 else cut(whole[0], tokens_per_micro_batch)
+        parts = [whole]
+        if len(whole) == 1:
+            parts = [[part] for part in cut(whole[0], tokens_per_micro_batch)]
         units.append(Unit(whole, [pack(p).to(device) for p in parts], early=len(parts) > 1))
     return units
 
 
 def cut(group, tokens_per_micro_batch):
-    """A group as parts, which are groups too, of as many responses as fit, one at least: [[part]].
-    """
-    starts, room = [0], tokens_per_micro_batch - len(group.prompt)
-    used = 0
+    """A group as parts, groups too, of as many responses as fit, one at least: a list."""
+    starts, used = [], np.inf
     for i, n in enumerate(group.lengths):
-        if used and used + n > room:
+        if used + n > tokens_per_micro_batch - len(group.prompt):
             starts.append(i)
             used = 0
         used += n
-    return [[part_of(group, *ends)] for ends in zip(starts, [*starts[1:], len(group.responses)])]
-
-
-def part_of(group, first, stop):
-    """The responses first to stop - 1 of a group, as a group."""
-    some = slice(first, stop)
-    return replace(group, responses=group.responses[some], rollout_logp=group.rollout_logp[some],
-                   reward=group.reward[some], is_anchor=group.is_anchor[some],
-                   weight=group.weight[some])
+    return [group.part(*ends) for ends in zip(starts, [*starts[1:], len(group.responses)])]
 
 
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     """This rank's share of an update's groups, which all ranks hold: a list of Unit, never empty.
-
     moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
     many forward passes on all ranks, before the weights move and after: ranks with fewer run
-    fillers. All ranks call together.
-    """
+    fillers. All ranks call together."""
     share = deal(groups, dist.get_world_size())[dist.get_rank()]
     units = pack_units(share, tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
@@ -174,17 +145,15 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     return units
 
 
-nothing = np.zeros(0, dtype=bool)
-NOTHING = Group(row={}, prompt=np.zeros(1), responses=[], rollout_logp=[], texts=[],
-                truncated=nothing, reward=nothing, is_anchor=nothing, score=nothing)  # a filler
+NOTHING = Group({}, np.zeros(1), [], [], [], np.zeros(0))  # a filler's
 
 
 def deal(groups, world_size):
     """Groups dealt to ranks so that each gets about as many tokens: a list of groups per rank."""
-    sizes = [len(g.prompt) + sum(g.lengths) for g in groups]
-    load, shares = [0] * world_size, [[] for _ in range(world_size)]
-    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
-        rank = load.index(min(load))
+    sizes = np.array([len(g.prompt) + sum(g.lengths) for g in groups])
+    load, shares = np.zeros(world_size), [[] for _ in range(world_size)]
+    for i in np.argsort(-sizes, kind="stable"):
+        rank = load.argmin()
         load[rank] += sizes[i]
         shares[rank].append(i)
     return [[groups[i] for i in sorted(share)] for share in shares]
@@ -260,15 +229,12 @@ def joined(arrays, dtype=torch.int64):
     return torch.from_numpy(np.concatenate([[], *arrays])).to(dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# attention
+# ---- attention -----------------------------------------------------------------------------------
 
 def tree_masks(batch):
     """What a span's tokens see of the prefix and itself: bool (tokens, prefix + tokens) a span.
-
     A token sees its own segment and its prompt's, not the future, and all of the prefix. None for
-    the prefix itself, which is plain causal.
-    """
+    the prefix itself, which is plain causal."""
     masks = []
     for start, end in batch.spans:
         own, prompt = batch.segment[:, start:end]
@@ -281,19 +247,17 @@ def tree_masks(batch):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
                      masks=None, **kwargs):
     """transformers' attention hook. query (1, H, T, D), key and value (1, H_kv, T, D).
-
     Without masks (bfloat16 on CUDA) one varlen call, in which each segment's queries meet the keys
     that lead to it and its own; the causal mask is aligned to the last key. With tree_masks SDPA,
-    a tree or a few short ones at a time, so that no token pays for all others.
-    """
+    a tree or a few short ones at a time, so that no token pays for all others."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary's float32
     if masks is None:
         # a prompt's keys serve all responses: gathered in float32, their gradients add up in it
         k, v = (x[0].transpose(0, 1).float().index_select(0, layout.kv_index).to(x.dtype)
                 for x in (key, value))  # (K, H_kv, D)
         q = query[0].transpose(0, 1)  # (T, H, D)
-        out = flash_attn_varlen_func(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k,
-                                     softmax_scale=scaling, causal=True)
+        out = varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k,
+                          scale=scaling, window_size=(-1, 0), enable_gqa=True)  # causal
         return out[None], None
     if query.is_cuda:  # its memory-efficient kernel takes float32 and masks, but no grouped heads
         repeats = query.shape[1] // key.shape[1]
@@ -315,8 +279,7 @@ AttentionInterface.register("packed", packed_attention)
 transformers_logging.disable_progress_bar()
 
 
-# --------------------------------------------------------------------------------------------------
-# log-probabilities
+# ---- log-probabilities ---------------------------------------------------------------------------
 
 def head_logits(h, w, dtype):
     """h W^T (n, V) in `dtype`; of bfloat16 on CUDA the float32 sums, not rounded between."""
@@ -327,10 +290,8 @@ def head_logits(h, w, dtype):
 
 class HeadLogprob(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target], entropy and logsumexp, in float32.
-
     Logits exist for `chunk` rows at a time; the backward pass computes them again. Memory: chunk
-    x V, and V x d for W's gradient.
-    """
+    x V, and V x d for W's gradient."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, temperature, chunk):
@@ -380,9 +341,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, batch, temperature):
         """(logp (n,), entropy (n,), h (n, d), lse (n,)) of a MicroBatch's response tokens.
-
-        All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old.
-        """
+        All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old."""
         device = batch.input_ids.device.type
         low = self.compute_dtype == torch.bfloat16
         has_varlen = device == "cuda" and low
@@ -416,11 +375,9 @@ def check_model(path, config):
 def load_policy(path, compute_dtype, device, activation_checkpointing=False,
                 param_dtype=torch.float32, compile=False):
     """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
-
     One that is to be sharded is better loaded on the CPU, see parallelize. path may be a Hugging
     Face config: random weights. compile: the layers by torch.compile, one by one; or the name of
-    its backend.
-    """
+    its backend."""
     auto = AutoModelForCausalLM
     load = auto.from_config if isinstance(path, PretrainedConfig) else auto.from_pretrained
     model = load(path, dtype=param_dtype, attn_implementation="packed")
@@ -432,16 +389,13 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False,
     return Policy(model.to(device), compute_dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# over ranks, and the optimizer
+# ---- over ranks, and the optimizer ---------------------------------------------------------------
 
 def parallelize(policy, parallel, device="cpu"):
     """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, sharded). Called like a Policy.
-
     Gradients come out averaged over ranks, so a loss that is a sum over ranks is to be multiplied
     by the world size. fsdp moves a policy that is on the CPU to `device` layer by layer, so that
-    no GPU ever holds all of it.
-    """
+    no GPU ever holds all of it."""
     if parallel == "ddp":
         if dist.get_world_size() == 1:
             return policy

@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 # Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this
-# rank's share of the cores, where torchrun would give every rank one; and none that spins for
-# long, since torch and vLLM take turns.
+# rank's share of the cores; and none that spins for long, since torch and vLLM take turns.
 _ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
 if "OMP_NUM_THREADS" not in os.environ or _ranks > 1 and os.environ["OMP_NUM_THREADS"] == "1":
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // _ranks))
@@ -49,8 +48,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     model: Hugging Face folder or hub id. context: tokens of the longest prompt and response.
     dtype: "auto" is bfloat16 on CUDA, float32 on a CPU. tp: neighbouring ranks that share an
     engine (tensor parallel). All ranks call together, before the trainer takes its memory; it
-    reseeds torch's global generator.
-    """
+    reseeds torch's global generator."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM  # here: an import of many seconds
 
@@ -86,11 +84,8 @@ def make_groups(tokenizer, rows, prompts, outputs, seeds):
             row=row, prompt=prompt, responses=ids,
             rollout_logp=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
             texts=tokenizer.batch_decode(ids, skip_special_tokens=True),
-            truncated=np.array([o.finish_reason != "stop" for o in outs]),
-            reward=np.zeros(len(outs), dtype=np.float32),
-            is_anchor=np.zeros(len(outs), dtype=bool),
-            score=np.full(len(outs), np.nan, dtype=np.float32),
-            seed=seed))
+            reward=np.zeros(len(outs), dtype=np.float32), seed=seed,
+            truncated=np.array([o.finish_reason != "stop" for o in outs])))
     # a response that was cut off is incorrect, whatever is in it
     correct = iter(grade_all([("" if is_cut else text, g.row) for g in groups
                               for text, is_cut in zip(g.texts, g.truncated)]))
@@ -111,26 +106,23 @@ def accuracy(groups):
 
 def rollout_figures(groups, sampled, wasted):
     """Figures of a step's groups: accepted, and sampled in all; wasted: tokens (sample_batch)."""
-    def lengths(groups):
-        return [n for g in groups for n, is_anchor in zip(g.lengths, g.is_anchor) if not is_anchor]
+    def of_rollouts(groups, field):  # demonstrations do not count
+        return np.concatenate([[], *(np.array(getattr(g, field))[~g.is_anchor] for g in groups)])
 
-    tokens, kept = lengths(sampled), sum(lengths(groups))
+    tokens, kept = of_rollouts(sampled, "lengths"), of_rollouts(groups, "lengths").sum()
     row = {
         "reward/accuracy": accuracy(sampled),
         "reward/mean": accuracy(groups),  # of those trained on
         "rollout/groups_sampled": len(sampled),
         "rollout/groups_kept": len(groups),
-        "rollout/response_tokens": kept,
-        "rollout/tokens_dropped": sum(tokens) - kept,
+        "rollout/response_tokens": int(kept),
+        "rollout/tokens_dropped": int(tokens.sum() - kept),
         "rollout/tokens_wasted": wasted,
-        "rollout/mean_length": float(np.mean(tokens)),
-        "rollout/truncated": float(np.mean(np.concatenate(
-            [g.truncated[~g.is_anchor] for g in sampled]))),
+        "rollout/mean_length": float(tokens.mean()),
+        "rollout/truncated": float(of_rollouts(sampled, "truncated").mean()),
     }
-    if any(g.is_anchor.any() for g in groups):
-        row["anchor/groups"] = sum(int(g.is_anchor.any()) for g in groups)
-        row["anchor/hard"] = float(np.mean([not g.reward[~g.is_anchor].any() for g in groups]))
-    return row
+    hard = [not g.reward[~g.is_anchor].any() for g in groups if g.is_anchor.any()]
+    return row | {"anchor/groups": len(hard), "anchor/hard": float(np.mean(hard))} if hard else row
 
 
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
@@ -169,8 +161,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     correct rollout (anchor_hard_only), before the group is accepted or not. end: data.end_token.
 
     All ranks call together and get the same: (accepted groups, all groups looked at, new position,
-    tokens sampled in vain).
-    """
+    tokens sampled in vain)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -259,8 +250,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     return [sampled[i] for i in accepted], sampled, position + seen, wasted
 
 
-# --------------------------------------------------------------------------------------------------
-# the trainer's weights, and the GPU's memory
+# ---- the trainer's weights, and the GPU's memory -------------------------------------------------
 
 def sleep_engine(engine):
     """Give the GPU to the trainer: the KV cache is dropped, the weights go to host memory. CUDA."""
@@ -270,9 +260,7 @@ def sleep_engine(engine):
 
 def sync_weights(engine, model):
     """Wake the engine and push the trainer's weights; all ranks call together.
-
-    model: the Hugging Face model, its parameters plain or DTensor.
-    """
+    model: the Hugging Face model, its parameters plain or DTensor."""
     if torch.cuda.is_available():
         # vLLM maps its memory past torch's allocator, which keeps the trainer's
         torch.cuda.empty_cache()

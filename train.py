@@ -18,7 +18,6 @@ import rollout  # first: it sets the threads that torch starts with
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import advantages
 import data
@@ -28,17 +27,17 @@ import runs
 from advantages import Old, response_advantages, token_advantages
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
 from figures import Clock, Figures, step_line
-from judge import judge_step, longest_question, open_judge, read_cache
+from judge import judge_all_ranks, open_judge, read_cache
 from losses import policy_loss
 from memory import estimate_memory, vllm_share
-from plot import plot_curves
+from plot import plot_runs
 from rollout import mixed
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
 dataset = "arithmetic"        # a set's name (data.SETS) or a JSON Lines file: `problem`, `answer`
 eval_dataset = None           # likewise; None: the set's own test split, or none if it has none
-data_dir = None               # folder of JSON Lines files, looked through before the hub
+data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 eval_problems = 128           # problems an evaluation uses at most, the first ones
 system_prompt = None          # str; None: the data set's own ("Please reason step by step, ...")
 few_shot = None               # ((question, answer), ...) as earlier turns; None: the data set's own
@@ -63,7 +62,6 @@ nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct
 nthr_eta = None               # left of a selected token's advantage; None: 2|0.5-p|, or ETAS
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
 thr_p = 0.0                   # of thr: 0.1 exploits, -0.1 explores
-thr_tau = "min"               # over correct responses, or "mean"
 entropy_share = 0.2           # of entropy_top: tokens of a group that keep their advantage
 advantage_norm = "std"        # (r - mean) / std, "mean": r - mean (Dr.GRPO), "sign": 1 or -1 (NSR)
 loss = "clip"                 # one of losses.LOSSES, see losses.policy_loss
@@ -77,7 +75,7 @@ tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3);
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
 demos = None                  # JSON Lines file: `problem`, `solution`; None: the set's own
-judge = "rubric"              # of dagrpo: "rubric", "self" (the engine) or "http://host:port/v1"
+judge = "rubric"              # of dagrpo: "rubric", or a server's "http://host:port/v1"
 judge_model = None            # of a server; None: the first it lists
 delta = 3.0                   # points of 1 to 10 that tell a response from those of the other sign
 anchors = 0                   # demonstrations in a group, 0 or 1
@@ -98,73 +96,59 @@ parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2
 param_dtype = "float32"       # of parameters and moments; bfloat16 loses steps under w / 512
 compute_dtype = "auto"        # of matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
 activation_checkpointing = False  # compute activations again in the backward pass
-compile = False               # torch.compile the layers (CUDA)
+compile = False               # torch.compile the layers; on a CPU vLLM turns compilers off
 # watching and saving
 eval_every = 10               # steps; greedy accuracy, from step 0 on; 0: after the last one only
 ckpt_every = 0                # steps; 0: before every evaluation. There is always one at the end
 keep_ckpts = 2                # newest checkpoints kept
-samples_per_step = 16         # responses a step written to samples.jsonl
+samples_per_step = 4          # groups a step written to samples.jsonl
 wandb_project = None          # log to Weights & Biases under this project
 
 config = configure(globals())
 
-# --------------------------------------------------------------------------------------------------
-# refuse bad input before anything large is loaded
+# ---- refuse bad input before anything large is loaded --------------------------------------------
 
 DTYPES = ("auto", "float32", "bfloat16")
+TEXTS = (None, str)
 check(
     config,
     dict(variant=advantages.VARIANTS, nthr_eta=(*advantages.ETAS, float),
-         nthr_vocab=("response", "full"), thr_tau=("min", "mean"),
-         advantage_norm=("std", "mean", "sign"), loss=losses.LOSSES,
-         loss_norm=("group", "response", "token", "constant"), anchors=(0, 1),
+         nthr_vocab=("response", "full"), advantage_norm=("std", "mean", "sign"),
+         loss=losses.LOSSES, loss_norm=("group", "response", "token", "constant"), anchors=(0, 1),
          anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
-         compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:]),
-    above_zero="prompts_per_step prompts_per_update max_response_tokens max_steps temperature "
-               "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds tp "
-               "entropy_share",
-    not_negative="eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high "
-                 "grad_clip weight_decay samples_per_step seed tis_cap llds",
-    count="max_num_seqs",
-    text="eval_dataset data_dir system_prompt demos judge_model wandb_project",
+         compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:],
+         max_num_seqs=(None, int), gpu_memory_utilization=(None, float),
+         eval_dataset=TEXTS, system_prompt=TEXTS, demos=TEXTS, judge_model=TEXTS,
+         wandb_project=TEXTS),
+    {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
+            "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
+            "gpu_memory_utilization entropy_share",
+     ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
+             "weight_decay samples_per_step tis_cap llds",
+     ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "<= 1": "entropy_share",
+     "< 1": "gpu_memory_utilization"},
     infinite="nthr_beta oversample clip_high tis_cap grad_clip")
 if nthr_beta == math.inf:
     die("nthr_beta: inf selects nothing; -inf all")
-if group_size < 2:
-    die(f"group_size: {group_size} responses have no group mean to be compared with; at least 2")
-if oversample < 1:
-    die(f"oversample: {oversample} is too small")
-if entropy_share > 1:
-    die(f"entropy_share: {entropy_share} is over 1, all tokens")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
-if not 0 < delta <= 9:
-    die(f"delta: {delta} is not in (0, 9], the differences of scores from 1 to 10")
-if judge not in ("rubric", "self") and not judge.startswith(("http://", "https://")):
-    die(f"judge: {judge!r} is none of rubric, self and an address, http://host:port/v1")
-if tp > 1 and judge == "self" and variant == "dagrpo":
-    die("tp: judge=self asks an engine a rank; use 1, or another judge")
+if judge != "rubric" and not judge.startswith(("http://", "https://")):
+    die(f"judge: {judge!r} is neither rubric nor an address, http://host:port/v1")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide {prompts_per_step=}")
-if compile and not torch.cuda.is_available():
-    die("compile: needs CUDA; on a CPU vLLM is run without a compiler, and turns torch's off")
 if wandb_project and not getattr(importlib.util.find_spec("wandb"), "origin", None):
     die("wandb_project: the package wandb is not installed")
 start = runs.newest_checkpoint(out_dir) if resume else None
 if resume and start is None:
     die(f"resume: no whole checkpoint in {out_dir}; all machines have to see it")
 problems = data.load_problems(dataset, "train", data_dir=data_dir)
-if eval_dataset is None and "test" in data.splits(dataset):
+if eval_dataset is None and (dataset in data.MADE or (dataset, "test") in data.SETS):
     eval_dataset = dataset
 test_problems = []
 if eval_dataset:
     test_problems = data.load_problems(eval_dataset, "test", "eval_dataset", data_dir)
     test_problems = test_problems[:eval_problems]
-problems, dropped = data.drop_evaluated(problems, dataset, data_dir, test_problems)
-if dropped:
-    print0(f"{dataset}: {dropped} problems are in an evaluation set too; {len(problems)} are left")
-if not problems:
-    die(f"dataset: all problems of {dataset} are in an evaluation set")
+problems = data.drop_evaluated(problems, dataset, data_dir, test_problems)
 judged = variant == "dagrpo"
 demonstrations = data.load_demos(problems, dataset, demos) if judged or anchors else None
 tokenizer, hf_config = data.load_tokenizer(model)
@@ -173,15 +157,13 @@ if hf_config.num_attention_heads % tp:
     die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
 prompts = data.encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot)
 test_prompts = data.encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)
-room = hf_config.max_position_embeddings
-context = 0
-for name, some in ((f"dataset {dataset}", prompts), (f"eval_dataset {eval_dataset}", test_prompts)):
-    if some:
-        context = max(context, data.check_lengths(some, max_response_tokens, room, name))
+asked = {f"dataset {dataset}": prompts, f"eval_dataset {eval_dataset}": test_prompts}
+context = max(
+    data.check_lengths(some, max_response_tokens, hf_config.max_position_embeddings, name)
+    for name, some in asked.items() if some)
 check_folder(out_dir)
 
-# --------------------------------------------------------------------------------------------------
-# set up: process group, run folder, engine (first: it measures free memory), policy, optimizer
+# ---- set up: process group, run folder, engine (it measures free memory), policy, optimizer ------
 
 device = model_utils.setup_distributed()
 on_cuda = device.type == "cuda"
@@ -198,9 +180,6 @@ if demonstrations:
         die(f"anchors: all demonstrations are longer than {max_response_tokens=}")
 if judged:
     judge_model = open_judge(judge, judge_model)
-    if judge == "self":
-        question = longest_question(tokenizer, problems, max_response_tokens)
-        context = max(context, min(room, question))
 if is_rank0():
     runs.open_run(out_dir, config, start)
 dist.barrier()
@@ -240,12 +219,6 @@ of_variant = settings_for(token_advantages, config)
 of_loss = settings_for(policy_loss, config)
 
 
-def head_for_scores():
-    """The LM head (V, d), whole, for variants whose scores need it: of the weights as they are."""
-    if variant in advantages.SCORED:
-        return model_utils.full(policy.model.get_output_embeddings().weight.detach())
-
-
 def has_signal(group):
     """Has a response of the group an advantage? Other groups are idle."""
     return bool(response_advantages(group, **of_response).any())
@@ -253,9 +226,7 @@ def has_signal(group):
 
 def ask_old_policy(unit, outs, head, figures):
     """Set old_logp and advantage (n,) of a unit's micro-batches.
-
-    outs: what the policy that sampled says of each, see Policy.forward; head (V, d): its own.
-    """
+    outs: what the policy that sampled says of each, see Policy.forward; head (V, d): its own."""
     logp, entropy, h, lse = (torch.cat(x).detach() for x in zip(*outs))
     first, advantage = 0, [logp.new_zeros(0)]
     for group in unit.groups:
@@ -292,20 +263,14 @@ def speed_figures(row):
 
 
 def sample_rows(step, groups):
-    """Rows of samples.jsonl: the first responses of the groups, with the judge's scores if any."""
-    rows = []
-    for g in groups[:samples_per_step]:
-        advantage = response_advantages(g, **of_response)
-        margin = advantages.dagrpo_margins(g.score, advantages.group_advantages(g.reward))
-        prompt = tokenizer.decode(g.prompt)
-        for i, text in enumerate(g.texts):
-            rows.append(dict(
-                step=step, problem=g.row["problem"], answer=g.row["answer"], prompt=prompt,
-                response=text, reward=float(g.reward[i]), advantage=float(advantage[i]),
-                truncated=bool(g.truncated[i]), anchor=bool(g.is_anchor[i])))
-            if judged:
-                rows[-1] |= dict(score=float(g.score[i]), margin=float(margin[i]))
-    return rows[:samples_per_step]
+    """Rows of samples.jsonl: the first groups, with what each response came to."""
+    return [dict(
+        step=step, problem=g.row["problem"], answer=g.row["answer"],
+        prompt=tokenizer.decode(g.prompt), responses=g.texts, reward=g.reward.tolist(),
+        advantage=response_advantages(g, **of_response).tolist(),
+        truncated=g.truncated.tolist(), is_anchor=g.is_anchor.tolist(),
+        score=np.where(np.isnan(g.score), None, g.score).tolist(),
+    ) for g in groups[:samples_per_step]]
 
 
 def evaluate(step):
@@ -321,14 +286,12 @@ def evaluate(step):
            "time/eval": clock.seconds["time/eval"]}
     if is_rank0():
         log(row)
-        tqdm.write(f"step {step}: greedy accuracy {row['eval/accuracy']:.1%} "
-                   f"on {len(groups)} held-out problems")
+        print0(f"step {step}: greedy accuracy {row['eval/accuracy']:.1%} on {len(groups)} "
+               "held-out problems")
 
 
-# --------------------------------------------------------------------------------------------------
-# the loop
+# ---- the loop ------------------------------------------------------------------------------------
 
-bar = tqdm(total=max_steps, initial=step, desc="train", unit="step", disable=not is_rank0())
 saved = step if start else None  # the step of the newest checkpoint
 while True:
     # ---- save and evaluate
@@ -352,8 +315,10 @@ while True:
 
     # ---- judge, while the engine is awake; groups without both outcomes need no scores
     if judged:
-        judge_step([g for g in groups if mixed(g)], judge, judge_model, engine, tokenizer,
-                   policy.model, scores_known, out_dir, figures)
+        counts = judge_all_ranks(
+            [g for g in groups if mixed(g)], judge, judge_model, scores_known, out_dir)
+        for key, count in counts.items():  # the same on all ranks
+            figures.mean(key, count)
     rollout.sleep_engine(engine)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -373,7 +338,9 @@ while True:
 
     # ---- old policy: later updates, and groups that are cut, take a pass before the weights move;
     # of the others their training pass says the same
-    units, head = sum(updates, []), head_for_scores()
+    units, head = sum(updates, []), None
+    if variant in advantages.SCORED:  # whole, and of the weights as they are
+        head = model_utils.full(policy.model.get_output_embeddings().weight.detach())  # (V, d)
     with torch.no_grad():
         for unit in units:
             if unit.early:
@@ -419,17 +386,14 @@ while True:
     row |= speed_figures(row)
     if is_rank0():
         log(row, sample_rows(step, groups))
-        tqdm.write(step_line(row))
-    bar.update()
+        print0(step_line(row, max_steps))
     if not math.isfinite(row.get("train/grad_norm", 0)):  # the weights are lost
-        bar.close()
         newest = f"{out_dir}/step_{saved:06d}" if saved else "the model itself"
         print0(f"error: step {step}: the gradient norm is {row['train/grad_norm']}; nothing of it "
                f"is saved, the newest checkpoint is {newest}")
         raise SystemExit(1)
 
-bar.close()
 if is_rank0():
-    plot_curves(out_dir)
+    plot_runs([out_dir], f"{out_dir}/curves.png")
     print0(f"wrote {out_dir}/: metrics.jsonl, samples.jsonl, curves.png, step_{step:06d}/")
 engine = None  # last: its shutdown ends the process group

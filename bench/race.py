@@ -55,7 +55,7 @@ from data import (
     load_problems,
     load_tokenizer,
 )
-from eval import bootstrap, percent, table
+from eval import bootstrap, table, with_interval
 from model_utils import load_policy
 from runs import read_metrics, write_json, write_jsonl, write_whole
 
@@ -63,7 +63,7 @@ out_dir = "out/race"
 trl_python = ".venv-race/bin/python"  # of the environment that has TRL
 model = "models/SmolLM2-135M-Instruct"
 dataset = "arithmetic"        # as in train.py
-data_dir = None
+data_dir = "data"
 steps = 4                     # of both, in the first comparison; the first one is told apart
 most_steps = 100              # of train.py in the second one, in TRL's time; up to `steps`: none
 prompts = 40                  # a step; this and the next three are the quickstart's
@@ -186,7 +186,7 @@ def prepare():
 
     steps: what train.py can do at most without the problems that are kept fresh.
     """
-    check(config, {}, above_zero="prompts max_response_tokens held_out fresh trl_batch")
+    check(config, {}, {"> 0": "prompts max_response_tokens held_out fresh trl_batch"})
     if steps < 2:
         die(f"steps: {steps} is too small; the first one is told apart")
     if not os.path.isfile(trl_python):
@@ -199,7 +199,7 @@ def prepare():
         die(f"trl_options: {trl_options!r} is not a JSON object")
     test = load_problems(dataset, "test", data_dir=data_dir)[:held_out]
     problems = load_problems(dataset, "train", data_dir=data_dir)
-    problems, _ = drop_evaluated(problems, dataset, data_dir, test)
+    problems = drop_evaluated(problems, dataset, data_dir, test)
     room = (len(problems) - fresh) // prompts
     if steps > room:
         die(f"steps: beside {fresh} fresh ones {dataset} has problems for {room}")
@@ -261,7 +261,7 @@ def race(spec, room):
     """Run both, and the evaluations. Returns what they come to, and two tables in Markdown."""
     trl, this = f"{out_dir}/trl", f"{out_dir}/this"
     train = [sys.executable, "train.py", *same(spec), f"--out_dir={this}",
-             f"--samples_per_step={prompts * group_size}"]
+             f"--samples_per_step={prompts}"]
     took = run("this", *train, f"--max_steps={steps}")
     met = {(r["step"], r["problem"]) for r in read(f"{this}/samples.jsonl")}
     if met != {(i // prompts + 1, row["problem"]) for i, row in enumerate(spec["problems"])}:
@@ -284,15 +284,16 @@ def race(spec, room):
         folders["longer"] = f"{this}/step_{most:06d}"
 
     found = {name: evaluate(name, folder) for name, folder in folders.items()}
-    right = {name: np.concatenate([r["by_problem"] for r in rs]) for name, rs in found.items()}
+    right = {name: np.concatenate([r["of_problems"]["accuracy"] for r in rs])
+             for name, rs in found.items()}
     scores = [["greedy accuracy (95%)", "steps", "their seconds", f"{held_out} held out",
                f"{fresh} fresh", "all, less TRL's"]]
     for name, results in found.items():
-        cells = [percent(r["accuracy"], r["intervals"]["accuracy"]) for r in results]
+        cells = [with_interval(*r["figures"]["accuracy"]) for r in results]
         gain = right[name] - right["TRL"]  # paired
         spent = seconds.get(name, [])
         scores.append([name, str(len(spent)), f"{sum(spent):.0f}", *cells,
-                       percent(gain.mean(), bootstrap([gain]))])
+                       with_interval(*bootstrap([gain]))])
     result = dict(machine=machine(), TRL=theirs, this=ours, seconds=seconds, accuracy=found)
     return result, f"{result['machine']}\n\n{table(rows)}\n{table(scores)}\n"
 

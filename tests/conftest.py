@@ -10,12 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")  # GiB of an engine's cache
 import rollout  # noqa: E402  sets torch's threads, so before any test imports torch
 
-# A chat template that shows a judge as small as ours the form of its last line, "Score <mark>: N"
-TURN = "<|im_start|>user\nGrade it.<|im_end|>\n<|im_start|>assistant\n"
-GIVEN = TURN + "Score {{ messages[0].content[-9:-3] }}: N<|im_end|>\n"
-SCORED_TURNS = ("{% for m in messages %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                + "".join(GIVEN.replace("N", score) for score in "8362") + TURN)
-
 
 @pytest.fixture(scope="session")
 def model_dir():

@@ -26,7 +26,10 @@ import model_utils
 import runs
 from data import Group
 
-# cases that have no golden numbers: one rank and two have to agree
+# cases that have no golden numbers: one rank and two have to agree, with four of the model's layers
+FAMILY_PROBES = [["model.model.embed_tokens.weight", 33, 7],
+                 ["model.model.layers.0.self_attn.q_proj.weight", 5, 9],
+                 ["model.model.layers.3.mlp.up_proj.weight", 11, 2]]
 FAMILY = {
     "thr_sign_llds": ["--variant=thr", "--thr_p=0.1", "--advantage_norm=sign", "--llds=0.2",
                       "--pos_weight=0.1", "--prompts_per_update=2", "--learning_rate=1e-4"],
@@ -40,15 +43,12 @@ def read_groups(rows):
     """Groups of JSON rows: row, prompt, responses, rollout_logp, texts, reward, is_anchor."""
     groups = []
     for seed, r in enumerate(rows):
-        size = len(r["responses"])
         groups.append(Group(
             row=r["row"], prompt=np.array(r["prompt"], dtype=np.int32),
             responses=[np.array(x, dtype=np.int32) for x in r["responses"]],
             rollout_logp=[np.array(x, dtype=np.float32) for x in r["rollout_logp"]],
-            texts=r["texts"], truncated=np.zeros(size, dtype=bool),
-            reward=np.array(r["reward"], dtype=np.float32),
-            is_anchor=np.array(r["is_anchor"], dtype=bool),
-            score=np.full(size, np.nan, dtype=np.float32), seed=seed))
+            texts=r["texts"], reward=np.array(r["reward"], dtype=np.float32),
+            is_anchor=np.array(r["is_anchor"], dtype=bool), seed=seed))
     return groups
 
 
@@ -113,12 +113,14 @@ if __name__ == "__main__":
     golden = json.load(open(ROOT / "tests" / "golden.json"))
     model_utils.setup_distributed()
     out_dir, parallel, *names = sys.argv[1:]
-    flags = golden["flags"] | FAMILY
     found = {}
     for name in names:
+        flags, probes = golden["flags"].get(name), golden["probes"]
+        if name in FAMILY:
+            flags, probes = [*FAMILY[name], f"--model={out_dir}/small"], FAMILY_PROBES
         found[name], _ = replay(
-            [read_groups(golden["groups"])], *golden["common"], *flags[name],
-            f"--parallel={parallel}", f"--out_dir={out_dir}", probes=golden["probes"])
+            [read_groups(golden["groups"])], *golden["common"], *flags,
+            f"--parallel={parallel}", f"--out_dir={out_dir}/{parallel}", probes=probes)
     if dist.get_rank() == 0:
         print("REPLAYED", json.dumps(found), flush=True)
     dist.destroy_process_group()

@@ -130,11 +130,10 @@ def test_controls_spare_as_many_tokens_as_nthr(variant):
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, -0.1])
-@pytest.mark.parametrize("thr_tau", ["min", "mean"])
 @pytest.mark.parametrize("thr_p", [0.1, 0.0, -0.1])
 @pytest.mark.parametrize("reward, lengths", [
     ([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 1], [1, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [2, 1, 4])])
-def test_thr_token_by_token(reward, lengths, thr_p, thr_tau, beta):
+def test_thr_token_by_token(reward, lengths, thr_p, beta):
     """A 1[|THR_t| > tau] (1 + p sign THR_t), THR_t = +-sum_i 1/|y_i| sum_{k in y_i} <..>, by
     response i; without a correct response nothing is dominant. `sign` leaves them an advantage."""
     signs = set()
@@ -146,15 +145,14 @@ def test_thr_token_by_token(reward, lengths, thr_p, thr_tau, beta):
             source[at[i]:at[i + 1]] = True
             s += eq_7(old, y, source, "response") / lengths[i]
         means = [s[at[i]:at[i + 1]].mean().item() for i in np.flatnonzero(group.reward)]
-        tau = beta * (min(means) if thr_tau == "min" else np.mean(means)) if means else math.inf
+        tau = beta * min(means) if means else math.inf
         a = np.repeat(advantages.group_advantages(group.reward, "sign"), lengths)
         want = []
         for t in range(len(y)):
             thr = s[t].item() * (1 if right[t] else -1)
             want.append(a[t] * (abs(thr) > tau) * (1 + thr_p * np.sign(thr)))
             signs |= {np.sign(thr)} if abs(thr) > tau else set()
-        got = token_advantages("thr", group, old, "sign", nthr_beta=beta, thr_p=thr_p,
-                               thr_tau=thr_tau)
+        got = token_advantages("thr", group, old, "sign", nthr_beta=beta, thr_p=thr_p)
         assert got.numpy() == pytest.approx(np.array(want), rel=1e-6)
     some_wrong = 0 < sum(reward) < len(reward)
     assert signs == {-1, 1} if beta < 1 and some_wrong else means or not signs

@@ -1,5 +1,6 @@
 """Settings from config files and flags, what is refused, and the configs that are there."""
 import math
+import re
 from pathlib import Path
 
 import configs
@@ -80,20 +81,21 @@ def test_help_and_settings_for_a_function(capsys):
 
 
 GOOD = dict(rate=0.1, bound=math.inf, steps=0, seed=0, eta=3, kinds=("a",), name="x", other=None,
-            count=None, tp=1, adam_betas=(0, 0.9), gpu_memory_utilization=0.5)
-ARGS = dict(known=dict(eta=(None, "p", float), kinds=["a", "b"]), above_zero="rate",
-            not_negative="steps seed", count="count", infinite="bound", text="other")
+            count=None, tp=1, adam_betas=(0, 0.9))
+ARGS = dict(
+    known=dict(eta=(None, "p", float), kinds=["a", "b"], count=(None, int), other=(None, str)),
+    ranges={"> 0": "rate count", ">= 0": "steps", "<= 2": "rate"}, infinite="bound")
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("rate", math.nan, "rate: nan"), ("rate", math.inf, "rate: inf"), ("rate", 0.0, "not above 0"),
-    ("bound", math.nan, "bound: nan"), ("steps", -1, "-1 is not 0 or more"), ("tp", 3, "tp: 3"),
+    ("rate", math.nan, "rate: nan"), ("rate", math.inf, "rate: inf"), ("rate", 0.0, "not > 0"),
+    ("bound", math.nan, "bound: nan"), ("steps", -1, "-1 is not >= 0"), ("tp", 3, "tp: 3"),
+    ("tp", 0, "tp: 0"), ("rate", 2.1, "not <= 2"), ("seed", -1, "seed: -1"),
     ("seed", 2**32, "seed: 4294967296"), ("eta", "q", "eta: 'q' is none of None, p, a number"),
     ("eta", True, "eta: True"), ("eta", (0.5,), "eta: (0.5,)"), ("eta", math.nan, "eta: nan"),
     ("count", 0, "count: 0"), ("count", "x", "count: 'x'"), ("count", 1.5, "count: 1.5"),
-    ("data_dir", "nowhere", "is not a folder"), ("kinds", ("a", "c"), "'c' is none of a, b"),
-    ("other", 3, "other: 3 is not a text"),
-    ("adam_betas", (0.9, 1.0), "adam_betas"), ("gpu_memory_utilization", 1, "between 0 and 1")])
+    ("kinds", ("a", "c"), "'c' is none of a, b"), ("other", 3, "other: 3 is none of None, a text"),
+    ("adam_betas", (0.9, 1.0), "adam_betas")])
 def test_check(dies, key, value, words):
     check(GOOD, **ARGS)
     dies(words, check, GOOD | {key: value}, **ARGS)
@@ -109,7 +111,10 @@ def test_a_folder_that_cannot_be(tmp_path, dies):
 def test_every_config_is_one_its_script_takes(refused, config):
     """Refused for the data set alone, which is looked at after the settings."""
     script = "lld.py" if config.startswith("lld") else "train.py"
-    assert "'nowhere' is neither" in refused(script, f"config/{config}", "--dataset=nowhere")
+    flag = "--dataset=nowhere"
+    if config.startswith("eval"):
+        script, flag = "eval.py", "--ckpt=nowhere/x/y"
+    assert "nowhere" in refused(script, f"config/{config}", flag)
 
 
 def test_configs_hold_what_the_papers_state():
@@ -117,4 +122,4 @@ def test_configs_hold_what_the_papers_state():
         assert not wrong, (name, wrong)
         assert cards["80 GB"] and memory["held"] < memory["peak"]
     others = {*CONFIGS} ^ {f"{name}.py" for name in configs.PAPER}
-    assert all("quickstart" in name or "lld" in name for name in others)
+    assert all(re.search("quickstart|lld|eval", name) for name in others)

@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize("prefix, heads", [(0, (4, 4)), (50, (4, 4)), (0, (6, 2)), (50, (6, 2))])
 def test_varlen_kernel_against_masks(prefix, heads):
-    """Output and gradients of flash-attn, or torch's, in bfloat16: those of masks in float32."""
+    """Output and gradients of torch's varlen kernel in bfloat16: those of masks in float32."""
     b = pack(random_groups(100, [*SIZES, (200, [300, 7, 150])], prefix)).to(CUDA)
     g, t, results = torch.Generator().manual_seed(0), b.input_ids.numel(), []
     q, k, v, up = (torch.randn(1, h, t, 64, generator=g).bfloat16().to(CUDA)

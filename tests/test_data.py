@@ -1,8 +1,10 @@
 """Data sets, demonstrations and prompts, before anything is sampled."""
 import json
+import shutil
 from pathlib import Path
 
 import datasets
+import get_data
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -51,24 +53,29 @@ HUB = {  # a row of a set as the hub has it, and its problem and answer as we ha
 }
 
 
-def test_rows_of_the_hub(monkeypatch):
-    hub = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: hub[":".join(name), split])
-    for name, (row, problem, answer) in HUB.items():
-        split = data.splits(name)[-1]
-        hub[tuple(data.SETS[name, split][1:])] = [row]
-        got, = data.load_problems(name, split)
-        assert (got["problem"], got["answer"]) == (problem, answer)
-        assert (got.get("solution") == "s") == (split == "train")
-        assert bool(got.get("n_choices")) == (name in ("arc_c", "mmlu_pro"))
-    hub[tuple(data.SETS["math", "train"][1:])] += [dict(row, level=x) for x in (2, "Level ?")]
-    assert len(data.load_problems("math", "train")) == 1  # the others are left out
-    rows = [{"Question": "Q", "Correct Answer": f"right {i}\n"} for i in range(50)]
+def test_sets_of_the_hub_become_files(monkeypatch, tmp_path, capsys):
+    """Without a name all of them; what the hub does not give is told of; a file stays."""
+    hub = {get_data.HUB[name, split][0]: [HUB[name][0]]
+           for name, split in get_data.HUB if name in HUB}
+    hub[get_data.HUB["math", "train"][0]] += [dict(HUB["math"][0], level=2)]  # left out
     wrong = {f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)}
-    hub[tuple(data.SETS["gpqa_diamond", "test"][1:])] = [row | wrong for row in rows]
-    got = data.load_problems("gpqa_diamond", "test")  # shuffled
+    hub[get_data.HUB["gpqa_diamond", "test"][0]] = [
+        {"Question": "Q", "Correct Answer": f"right {i}\n"} | wrong for i in range(50)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: hub[":".join(name)])
+    get_data.fetch([], str(tmp_path))
+    assert "amc23: no math-ai/amc23 on the hub: KeyError" in capsys.readouterr().out
+    for name, (_, problem, answer) in HUB.items():
+        split = "train" if (name, "train") in data.SETS else "test"
+        got, = data.load_problems(name, split, data_dir=str(tmp_path))
+        assert (got["problem"], got["answer"]) == (problem, answer)
+        assert bool(got.get("n_choices")) == (name in ("arc_c", "mmlu_pro"))
+        assert (got["solution"] == "s") == (name in ("math", "openr1-math-46k-8192"))
+    got = data.load_problems("gpqa_diamond", "test", data_dir=str(tmp_path))  # shuffled
     assert {r["answer"] for r in got} == set("ABCD")
     assert all(f"{r['answer']}) right {i}" in r["problem"] for i, r in enumerate(got))
+    hub.clear()
+    get_data.fetch(["math"], str(tmp_path))
+    assert len(data.load_problems("math", "train", data_dir=str(tmp_path))) == 1
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the problem sets in ../shared/data")
@@ -76,13 +83,13 @@ def test_sets_of_a_folder():
     for name, size in dict(aime24=30, amc83=83, olympiadbench=675, gsm8k=1319, arc_c=1172).items():
         assert len(data.load_problems(name, "test", data_dir=str(DATA))) == size
     train = data.load_problems(str(DATA / "aime_1983_2023.jsonl"), "train")
-    kept, dropped = data.drop_evaluated(train, "aime_1983_2023.jsonl", str(DATA), [])
-    assert dropped == 4 == len(train) - len(kept)  # the four that are in MATH-500
+    kept = data.drop_evaluated(train, "aime", str(DATA), [])
+    assert len(train) - len(kept) == 4  # those that are in MATH-500
 
 
 def test_training_problems_that_are_evaluated_are_dropped():
     rows, seen = [dict(problem="Find  $x$."), dict(problem="b")], [dict(problem="find\n$X$.")]
-    assert data.drop_evaluated(rows, "mine.jsonl", None, seen) == (rows[1:], 1)
+    assert data.drop_evaluated(rows, "x", "nowhere", seen) == rows[1:]
 
 
 def test_malformed_files_are_refused(tmp_path, refused):
@@ -136,7 +143,7 @@ def test_an_anchor_is_what_the_template_writes(model_dir):
     assert anchor.tolist() == tok("1 + 1</think> 2")["input_ids"] + [end]
 
 
-def test_prompts_with_and_without_a_chat_template(model_dir, refused):
+def test_prompts(model_dir, refused, tmp_path):
     tok = AutoTokenizer.from_pretrained(model_dir)
     rows = [{"problem": "12 + 34", "answer": "46"}]
     ids = data.encode_prompts(tok, rows, "some.jsonl")[0]
@@ -151,5 +158,6 @@ def test_prompts_with_and_without_a_chat_template(model_dir, refused):
         refused("few_shot: ", data.encode_prompts, tok, rows, "x", few_shot=few_shot)
     refused("x, problem 2: ", data.check_lengths, [ids[:9], ids], 20, 40, "x")
     tok.chat_template = None
-    plain = data.encode_prompts(tok, rows, "x", system_prompt="", few_shot=[("1 + 1", "2")])[0]
-    assert tok.decode(plain) == "Question: 1 + 1\n\nAnswer: 2\n\nQuestion: 12 + 34\n\nAnswer:"
+    tok.save_pretrained(tmp_path)
+    shutil.copy(f"{model_dir}/config.json", tmp_path)
+    refused("its tokenizer has no chat template", data.load_tokenizer, str(tmp_path))

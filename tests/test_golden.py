@@ -3,7 +3,8 @@ import json
 
 import numpy as np
 import pytest
-from replay import FAMILY, ROOT, read_groups, replay
+from replay import FAMILY, FAMILY_PROBES, ROOT, read_groups, replay
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 GROUPS = read_groups(GOLDEN["groups"])
@@ -42,14 +43,17 @@ def test_one_rank(name, tmp_path):
 
 
 @pytest.mark.parametrize("parallel, name, later", TWO_RANKS)
-def test_two_ranks(run, tmp_path, parallel, name, later):
+def test_two_ranks(run, tmp_path, parallel, name, later, model_dir):
     others = FAMILY if parallel == "ddp" else {}
+    if others:
+        for auto in (AutoModelForCausalLM, AutoTokenizer):
+            auto.from_pretrained(model_dir, num_hidden_layers=4).save_pretrained(tmp_path / "small")
     done = run("tests/replay.py", tmp_path, parallel, name, *others, ranks=2)
     found = json.loads(done.stdout.split("REPLAYED")[1])
     compare(found[name], GOLDEN["want"][name], later)
     for name, flags in others.items():
-        wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}",
-                           probes=GOLDEN["probes"])
+        wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}/one",
+                           f"--model={tmp_path}/small", probes=FAMILY_PROBES)
         compare(found[name], wanted, 1e-4, 1e-4, 1e-6)
         assert len(wanted) > 1 and all(update["grad_norm"] > 0 for update in wanted)
         if "sign" in name:  # groups whose responses are all wrong have a signal, too

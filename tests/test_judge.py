@@ -9,13 +9,9 @@ import openai
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SCORED_TURNS
-from transformers import AutoTokenizer
 
 import judge
-from figures import Figures
 from model_utils import setup_distributed
-from rollout import build_engine
 
 ROW = dict(problem="45 + 38 + 25", answer="108",
            solution="45 + 38 = 83, 83 + 25 = 108 \\boxed{108}")
@@ -59,7 +55,7 @@ def test_rubric():
     setup_distributed()
     groups = [group(), group(solution=None), group(solution="\\boxed{108}")]
     counts = judge.judge_all_ranks(groups, "rubric")
-    assert counts == dict(asked=10, groups_failed=0, without_demo=1)
+    assert [*counts.values()] == [10, 0, 1]  # asked, failed, without a demonstration
     # as good as the demonstration; one slip; no step; no step; nothing
     assert groups[0].score == pytest.approx([10, 7.4, 2.5, 3.4, 1])
     assert groups[0].score.dtype == np.float32 and not hasattr(groups[1], "score")
@@ -114,14 +110,14 @@ def server(monkeypatch):
 
 def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwarn):
     setup_distributed()
-    ask = functools.partial(judge.ask_server, url=server.url, model="m")
 
-    def scores(*script, texts="a", cache=None, path="/dev/null", retries=2):
+    def scores(*script, texts="a", cache=None, retries=2):
         monkeypatch.setattr(judge, "RETRIES", retries)
         server.script[:] = script
         server.keys.clear()
         g = group(texts, [0] * len(texts))
-        judge.judge_all_ranks([g], "http", ask, "m", {} if cache is None else cache, path)
+        cache = {} if cache is None else cache
+        judge.judge_all_ranks([g], server.url, "m", cache, tmp_path)
         assert set(server.keys) == {"Bearer sk-secret"}  # used, never said
         return [None if np.isnan(s) else s for s in g.score.tolist()], len(server.keys)
 
@@ -140,12 +136,13 @@ def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwa
     assert "AuthenticationError" in said and "APITimeoutError" in said and "secret" not in said
     # one lost response leaves the scores of the others; the same text is asked about once
     path = tmp_path / "judge_0.jsonl"
-    found = scores("Score: 2", "401", "Score: 4", texts="abca", path=path, retries=0)
+    path.unlink()
+    found = scores("Score: 2", "401", "Score: 4", texts="abca", retries=0)
     assert found == ([2, None, 4, 2], 3)
     # what was paid for is known to the next process, whatever line a kill cut off
     path.write_text(path.read_text() + '{"key": "0123", "score": 1')
     cache = judge.read_cache(tmp_path)
-    assert scores("Score: 9", texts="abca", path=path, cache=cache) == ([2, 9, 4, 2], 1)
+    assert scores("Score: 9", texts="abca", cache=cache) == ([2, 9, 4, 2], 1)
     assert judge.read_cache(tmp_path) == cache and len(cache) == 3
 
 
@@ -169,17 +166,18 @@ def test_a_server_that_is_none_is_refused(server, capsys):
         assert words in (err := capsys.readouterr().err) and "sk-secret" not in err
 
 
-def ask_by_mark(prompts, temperature):  # a score that tells the prompt; none for TEXTS[4]
+def ask_by_mark(url, model, prompts, temperature):
+    """A score that tells the prompt; none for TEXTS[4]."""
     return [None if TEXTS[4] in p else f"Score {p[-9:-3]}: {1 + int(p[-9:-3], 16) % 9}"
             for p in prompts]
 
 
 def judge_on_a_rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder / 'two'}", rank=rank, world_size=2)
+    judge.ask_server = ask_by_mark
     groups = [group(), group(problem="1 + 1"), group(solution=None)]
-    path = folder / f"judge_{rank}.jsonl"
-    counts = judge.judge_all_ranks(groups, "http", ask_by_mark, "m", {}, path)
-    assert counts == dict(asked=10, groups_failed=2, without_demo=1)
+    counts = judge.judge_all_ranks(groups, "http", "m", {}, folder)
+    assert [*counts.values()] == [10, 2, 1]  # asked, failed, without a demonstration
     for g in groups[:2]:
         keys = [judge.judge_prompt(g.row, text, "m")[1] for text in TEXTS[:4]]
         assert g.score[:4].tolist() == [1 + int(key[:6], 16) % 9 for key in keys]
@@ -190,15 +188,3 @@ def judge_on_a_rank(rank, folder):
 def test_two_ranks_agree_and_each_response_has_its_own_score(tmp_path):
     torch.multiprocessing.spawn(judge_on_a_rank, (tmp_path,), nprocs=2)
     assert len(judge.read_cache(tmp_path)) == 8
-
-
-def test_the_policy_judges(model_dir, monkeypatch, tmp_path):
-    setup_distributed()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, chat_template=SCORED_TURNS)
-    monkeypatch.setattr(judge, "JUDGE_TOKENS", 32)
-    engine = build_engine(model_dir, 1500, 0, "float32")
-    groups = [group(), group(["so " * 2000], [0])]  # the last is longer than the context
-    net = torch.nn.Linear(2, 2)
-    judge.judge_step(groups, "self", None, engine, tokenizer, net, {}, tmp_path, Figures("cpu"))
-    known = groups[0].score[np.isfinite(groups[0].score)]
-    assert len(known) and known.min() >= 1 and known.max() <= 10 and np.isnan(groups[1].score)

@@ -19,9 +19,7 @@ def make_group(prompt, responses, reward=None, **fields):
     return Group(**dict(
         row={}, prompt=np.array(prompt), responses=[np.array(r) for r in responses],
         rollout_logp=[-np.array(r, dtype=np.float32) for r in responses], texts=[""] * size,
-        truncated=np.zeros(size, dtype=bool), is_anchor=np.zeros(size, dtype=bool),
-        reward=np.array(np.arange(size) % 2 if reward is None else reward, dtype=np.float32),
-        score=np.full(size, np.nan)) | fields)
+        reward=np.array(np.arange(size) % 2 if reward is None else reward, np.float32)) | fields)
 
 
 def random_groups(vocab, sizes, prefix=0):
@@ -127,7 +125,7 @@ def test_layout_and_common_prefix_by_hand():
 @pytest.mark.parametrize("sdpa_tokens, calls", [(0, 4), (40, 2), (256, 1)])
 @pytest.mark.parametrize("prefix", [0, 5])
 def test_varlen_layout_is_the_same_attention(prefix, sdpa_tokens, calls, monkeypatch):
-    """What flash-attn is given (gathered keys, causal to the last one) equals the tree masks."""
+    """What varlen_attn is given (gathered keys, causal to the last one) equals the tree masks."""
     monkeypatch.setattr(model_utils, "SDPA_TOKENS", sdpa_tokens)
     b = pack(random_groups(100, SIZES, prefix))
     assert b.prefix == prefix and len(b.spans) - bool(prefix) == calls

@@ -15,7 +15,7 @@ import plot
 import runs
 from figures import Figures
 from model_utils import Policy, pack
-from plot import plot_curves, plot_runs
+from plot import plot_runs
 
 
 def over_ranks(monkeypatch, *figures):
@@ -46,8 +46,8 @@ def fake_checkpoint(out_dir, step):
     torch.save({0: {"exp_avg": torch.ones(3)}}, path / "optimizer.pt")
     save_file({"w": torch.ones(3)}, path / "model.safetensors")
     runs.write_json(f"{path}/run_config.json", dict(lr=1))
-    sizes = {name: os.path.getsize(path / name) for name in os.listdir(path)}
-    runs.write_json(f"{path}/trainer_state.json", dict(step=step, position=9, files=sizes))
+    files = {name: runs.checksum(path / name) for name in os.listdir(path)}
+    runs.write_json(f"{path}/trainer_state.json", dict(step=step, position=9, files=files))
     return path
 
 
@@ -81,7 +81,7 @@ def test_open_run_loses_nothing(tmp_path):
     runs.open_run(str(out), dict(lr=2), (path, dict(step=2)))
     assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
     assert [r.get("x", 7) for r in runs.read_metrics(out)] == [7, None, None]  # JSON has no nan
-    plot_curves(out)
+    plot_runs([str(out)], f"{out}/curves.png")
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "old_1" / "metrics.jsonl").read_text() == before
     assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
@@ -101,10 +101,12 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
             log({"step": step, "train/entropy": x, "time/step": 3})
     drawn = []
     monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(args))
-    assert plot_runs([str(tmp_path / x) for x in "abc"]) == str(tmp_path / "runs.png")
-    assert drawn == [({"train/entropy": {
+    plot_runs([str(tmp_path / x) for x in "abc"], "runs.png")
+    assert drawn == [({"entropy, nats a token": {
         "variant=grpo\n2 seeds": [(0, 2, 1, 3), (1, 5, 2, 8)],
-        "variant=nthr\n1 seeds": [(0, 5, 5, 5)]}}, str(tmp_path / "runs.png"))]
+        "variant=nthr\n1 seeds": [(0, 5, 5, 5)]},
+        "seconds": {"variant=grpo\n2 seeds": [(0, 3, 3, 3), (1, 3, 3, 3)],
+                    "variant=nthr\n1 seeds": [(0, 3, 3, 3), (1, 3, 3, 3)]}}, "runs.png")]
     assert "nowhere: not a run" in refused("plot.py", str(tmp_path / "nowhere"))
     assert "which runs?" in refused("plot.py")
 

@@ -60,9 +60,12 @@ def test_a_run_leaves_what_it_promises(whole):
         assert row["rollout/groups_kept"] == 2 and row["train/grad_norm"] > 0
         # the first update moves the correct responses of the second
         assert abs(row["displacement/mean"]) > 1e-5 and 0 <= row["displacement/fell"] <= 1
-        assert len(step_line(row | {"step": 9_999})) <= 120 and step_line(row) in printed
+        assert len(step_line(row | {"step": 9_999}, 9_999)) <= 120 and step_line(row, 2) in printed
     samples = rows(out / "samples.jsonl")
-    assert all((s["advantage"] > 0) == (s["reward"] == 1) and s["step"] in (1, 2) for s in samples)
+    assert [s["step"] for s in samples] == [1, 1, 2, 2]
+    for s in samples:
+        assert [a > 0 for a in s["advantage"]] == [r == 1 for r in s["reward"]]
+        assert len(s["responses"]) == len(s["truncated"]) == 4 and s["score"] == [None] * 4
     assert (out / "curves.png").stat().st_size > 10_000
     assert sorted(p.name for p in out.glob("step_*")) == ["step_000001", "step_000002"]
     assert not torch.equal(*(weights(out, step)["model.norm.weight"] for step in (1, 2)))
@@ -75,9 +78,9 @@ def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run, monkeyp
     results = json.loads((out / "eval" / "results.json").read_text())
     assert [r["model"] for r in results] == ["step_000001", "step_000002"]
     wanted = [row["eval/accuracy"] for row in read_metrics(out) if "eval/accuracy" in row]
-    assert [r["accuracy"] for r in results] == wanted[1:]
+    assert [r["figures"]["accuracy"][0] for r in results] == wanted[1:]
     table = (out / "eval" / "results.md").read_text()
-    assert table in printed and table.count("| addition | 8 x 1 | 0 |") == 2
+    assert table in printed and "| model | figure | addition |" in table
     # what is there is not done again, by no engine
     monkeypatch.setattr(rollout, "build_engine", None)
     monkeypatch.setattr("sys.argv", ["eval.py", f"--ckpt={out}"])
@@ -116,8 +119,7 @@ def test_two_ranks(run, tmp_path):
         nodes=([f"--out_dir={near}"], [f"--out_dir={far}"]))
     assert list(far.iterdir()) == []  # the first machine's rank 0 writes
     run(*args, f"--out_dir={near}", "--max_steps=2", "--parallel=fsdp", "--resume", "--anchors=1",
-        "--variant=dagrpo", "--dataset=sums", "--max_response_tokens=48", "--samples_per_step=99",
-        ranks=2)
+        "--variant=dagrpo", "--dataset=sums", "--max_response_tokens=48", ranks=2)
     first, second = steps(near)
     for row in (first, second):
         assert 0 < row["gap/max"] < 1e-2 and abs(row["gap/importance"] - 1) < 1e-3
@@ -126,12 +128,12 @@ def test_two_ranks(run, tmp_path):
     assert second["anchor/groups"] == second["rollout/groups_kept"] == 2
     # every response has the score that is its own, whichever rank judged it
     samples = [s for s in rows(near / "samples.jsonl") if s["step"] == 2]
-    assert len(samples) == 8 and sum(s["anchor"] for s in samples) == 2
-    solutions = {s["problem"]: s["response"] for s in samples if s["anchor"]}
+    assert [s["is_anchor"] for s in samples] == [[False] * 3 + [True]] * 2
     for s in samples:
-        row = s | {"solution": solutions[s["problem"]]}
-        score = judge.rubric_score(row, s["response"], s["reward"], s["truncated"])
-        assert s["score"] == pytest.approx(score)
+        row = s | {"solution": s["responses"][-1]}
+        scores = [judge.rubric_score(row, *of_response) for of_response in
+                  zip(s["responses"], s["reward"], s["truncated"])]
+        assert s["score"] == pytest.approx(scores)
     assert weights(near, 1).keys() == weights(near, 2).keys() >= {"model.norm.weight"}
 
 
@@ -140,11 +142,11 @@ GOOD = '{"problem": "1 + 1", "answer": "2"}\n'
 FILES = {"empty": "", "good": GOOD, "long": GOOD + GOOD.replace("1 +", "1 + " * 9000),
          "wrong": '{"problem": "10 + 10", "solution": "y"}', "x.safetensors": "cut off"}
 REFUSED = """
-train.py --eval_dataset=nowhere.jsonl            eval_dataset: 'nowhere.jsonl'
+train.py --eval_dataset=nowhere.jsonl            eval_dataset: there is no file nowhere.jsonl
 train.py --dataset=DIR/empty                     has no rows
 train.py --dataset=DIR/long                      problem 2
 train.py --dataset=DIR/good --eval_dataset=DIR/good  are in an evaluation set
-train.py --dataset=math500                       no train split
+train.py --dataset=math500                       no file math500; and train sets are
 train.py --dataset=math --data_dir=config        math_lvl3to5_12k_split.jsonl
 train.py --model=models/nowhere                  models/nowhere
 train.py --prompts_per_update=3                  prompts_per_update
@@ -153,7 +155,7 @@ train.py --max_response_tokens=100000            context
 train.py --variant=dagrpo                        has a solution
 train.py --llds=0.2                              llds: is always 0 with one update a step
 train.py --delta=9.5                             delta: 9.5
-train.py --judge=gpt-4o                          rubric, self and an address
+train.py --judge=gpt-4o                          neither rubric nor an address
 train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
 train.py --anchors=1 --demos=DIR/good            good, line 1: 'solution' is missing
 train.py --anchors=1 --demos=DIR/wrong           all 1 demonstrations are wrong
@@ -164,7 +166,7 @@ train.py --resume --out_dir=DIR                  no whole checkpoint
 train.py --out_dir=DIR/empty                     out_dir
 eval.py --ckpt=DIR                               neither a whole model
 eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
-eval.py --ckpt=MODEL --data=arithmetic,nowhere   'nowhere' is neither a file
+eval.py --ckpt=MODEL --data=arithmetic,nowhere   there is no file nowhere
 eval.py --chkpt=x                                'ckpt'"""
 
 
