@@ -12,8 +12,7 @@ Rewards are 1 for a correct response and 0 for an incorrect one. p is a group's 
 ones. In order: advantages; the variants' parts (NTHR and THR, DaGRPO).
 
 [NTHR] is arXiv 2505.18830, [THR] 2510.03669, [DaGRPO] 2512.06337, [NSR] 2506.01347, [ENTROPY]
-2506.01939, [DrGRPO] 2503.20783.
-"""
+2506.01939, [DrGRPO] 2503.20783."""
 import math
 from dataclasses import dataclass
 
@@ -120,8 +119,6 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
         A = torch.where(selected, (0.0 if variant == "random" else eta) * A, A)
         if figures is not None:
             figures.mean("nthr/selected", selected, where=wrong)
-            figures.mean("nthr/s_selected", s, where=selected)
-            figures.mean("nthr/s_others", s, where=wrong & ~selected)
             if correct.any():
                 figures.mean("nthr/tau", tau)
                 figures.mean("nthr/tau_negative", tau < 0)

@@ -6,8 +6,7 @@ A script assigns its settings as plain globals and then calls `configure(globals
 without `--` are config files: Python, executed in order, later ones win. `--key=value` and `--key
 value` win over every file; a bare `--key` turns a boolean on, and a setting that is `()` by default
 takes all words up to the next flag. The type of a setting is that of its default (None takes
-anything), an int will do for a float, and an unknown name is refused with the nearest one.
-"""
+anything), an int will do for a float, and an unknown name is refused with the nearest one."""
 import ast
 import builtins
 import difflib
@@ -166,9 +165,6 @@ def check(settings, known, ranges, infinite=""):
     ranks, tp = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.get("tp", 1)
     if ranks % tp:
         die(f"tp: {tp} is not a divisor of {ranks}, the ranks of a machine")
-    betas = settings.get("adam_betas", (0, 0))
-    if len(betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in betas):
-        die(f"adam_betas: {betas!r} is not two numbers in [0, 1)")
 
 
 def check_folder(path, key="out_dir"):

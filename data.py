@@ -1,8 +1,4 @@
-"""Data sets, demonstrations and prompts.
-
-    problems = load_problems("arithmetic", "train")             # [{"problem", "answer"}, ...]
-    prompts  = encode_prompts(tokenizer, problems, ...)         # [int32 array (P,), ...]
-"""
+"""Data sets, demonstrations and prompts, and the Group of responses to a prompt."""
 import contextlib
 import dataclasses
 import json
@@ -125,15 +121,16 @@ def _read_problems(path, key, second="answer"):
         where = f"{key}: {path}, line {number}"
         try:
             row = dict(json.loads(line.decode("utf-8-sig")))
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RecursionError) as e:
             die(f"{where}: not a JSON object in UTF-8 ({e})")
         if type(row.get("answer")) in (int, float):
             row["answer"] = str(row["answer"])
         for field in ("problem", second):
             text = row.get(field)
-            # no tokenizer takes half of a surrogate pair
-            if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+            if not isinstance(text, str) or not text.strip():
                 die(f"{where}: {field!r} is missing or not a text")
+        if re.search("[\ud800-\udfff]", "".join(map(str, row.values()))):
+            die(f"{where}: half of a surrogate pair, which no tokenizer takes")
         rows.append(row)
     return rows or die(f"{key}: {path} has no rows")
 
@@ -229,7 +226,7 @@ def encode_anchor(tokenizer, prompt, text, end):
     """Token ids of a demonstration as the response to a prompt, int32 (R,), end token included."""
     if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):  # opened by the template already
         text = text.lstrip().removeprefix("<think>").lstrip()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(apart(tokenizer, text), add_special_tokens=False)["input_ids"]
     return np.array(ids + [end], np.int32)
 
 
@@ -271,8 +268,15 @@ def chat(*texts):
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
+def apart(tokenizer, text):
+    """A text, its special tokens taken apart: `<|im_end|>` in a problem must not end a turn."""
+    special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return re.sub("|".join(special) or "$^", lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
 def encode_chats(tokenizer, chats):
     """Token ids of chats, lists of {"role", "content"}, up to the answer that is asked for."""
+    chats = [[dict(turn, content=apart(tokenizer, turn["content"])) for turn in x] for x in chats]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     # a chat template writes its own begin-of-sequence token
     return tokenizer(texts, add_special_tokens=False)["input_ids"]

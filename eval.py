@@ -9,8 +9,7 @@
 Results are in eval/ beside the checkpoints of a run, of other models in out/eval/: results.json
 and results.md of the last command, and for every model and set a file of all responses with their
 grades, which is not done again. A checkpoint of train.py is asked as it was trained: prompt and
-length come from its run_config.json.
-"""
+length come from its run_config.json."""
 import contextlib
 import json
 import math

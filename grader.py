@@ -4,8 +4,7 @@ r"""Is the last `\boxed{}` of a response the reference answer?
 
 Both get one spelling (`normalise`); equal spellings and numbers are compared here (`quick`), the
 rest by math-verify in workers (this file as a program, so CUDA may be up and any thread may call):
-`9^{9^{9^9}}` costs two seconds of processor time and a worker, but no more than its own verdict.
-"""
+`9^{9^{9^9}}` costs two seconds of processor time and a worker, but no more than its own verdict."""
 import json
 import os
 import re

@@ -2,8 +2,7 @@
 
 "rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o). A
 response is graded and never read for a score: only the judge's own reply is (`parse_score`). arXiv
-2512.06337 has the criteria; PROMPT is ours.
-"""
+2512.06337 has the criteria; PROMPT is ours."""
 import hashlib
 import json
 import os
@@ -173,7 +172,6 @@ def _asked_scores(url, model, cache, path, groups):
 
 def judge_all_ranks(groups, judge, model=None, cache=None, out_dir=None):
     """Set the score (G,) of the groups that have a demonstration by judge "rubric" or an address.
-
     All ranks hold all groups and call together; each asks about a share. model: of a server. Its
     scores are kept as they come, in the dict `cache` and in a file of out_dir. Returns counts:
     different responses (asked), groups that are trained without masks since they lack a score

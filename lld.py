@@ -12,8 +12,7 @@ correct responses of ln pi'(y|x) - ln pi(y|x) (eq. 2).
 Leaves in out_dir: groups.jsonl (the sampled token ids), questions.jsonl (a row a question),
 summary.json and summary.md, delta.png, tokens.html (Fig. 3), overlap.png (do NTHR, THR, entropy and
 likelihood pick the same tokens?). Stopped and started again, it goes on; other settings of the
-update keep the samples.
-"""
+update keep the samples."""
 import copy
 import itertools
 import json
@@ -67,24 +66,20 @@ grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 compute_dtype = "float32"     # of matrix products; bfloat16 rounds small changes away
 # what no question's numbers depend on
 out_dir = "out/lld"
-rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
 gpu_memory_utilization = 0.4  # share of each GPU that vLLM takes (CUDA)
-max_num_seqs = None           # sequences a vLLM engine runs at once; None: vLLM's own choice
 tokens_per_micro_batch = 8192  # packed tokens in one forward pass
 activation_checkpointing = False
 
 config = configure(globals())
 
-DTYPES = ("auto", "float32", "bfloat16")
 check(
     config,
     dict(variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
-         split=("train", "test"), nthr_vocab=("response", "full"),
-         advantage_norm=("std", "mean", "sign"), compute_dtype=DTYPES[1:], rollout_dtype=DTYPES,
-         loss_norm=("group", "response", "token", "constant"), max_num_seqs=(None, int),
-         nthr_eta=(*advantages.ETAS, float), system_prompt=(None, str)),
+         split=("train", "test"), nthr_vocab=("response", "full"), system_prompt=(None, str),
+         advantage_norm=("std", "mean", "sign"), compute_dtype=("float32", "bfloat16"),
+         loss_norm=("group", "response", "token", "constant"), nthr_eta=(*advantages.ETAS, float)),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
-            "tokens_per_micro_batch entropy_share max_num_seqs gpu_memory_utilization",
+            "tokens_per_micro_batch entropy_share gpu_memory_utilization",
      ">= 0": "grad_clip", ">= 2": "group_size",
      "<= 1": "entropy_share gpu_memory_utilization"},
     infinite="nthr_beta oversample grad_clip")
@@ -110,7 +105,7 @@ done = kept_rows(f"{out_dir}/questions.jsonl", of_questions) or []
 engine = None
 if not groups:
     done = []
-    engine = build_engine(model, context, seed, rollout_dtype, gpu_memory_utilization, max_num_seqs)
+    engine = build_engine(model, context, seed, "auto", gpu_memory_utilization)
     sampling = settings_for(sample_batch, config)
     sampling["max_rounds"] = min(max_rounds, len(problems) / questions)  # no question twice
     kept, sampled, *_ = sample_batch(
@@ -143,7 +138,7 @@ def ask(batches):
 
 def one_update(variant, group, old, batches):
     """What one update does to the log-likelihood of every response, (G,); theta is put back."""
-    optim = model_utils.make_optimizer(policy, learning_rate, (0.9, 0.999), 0.0, optimizer)
+    optim = model_utils.make_optimizer(policy, learning_rate, 0.0, optimizer)
     advantage = advantages.token_advantages(variant, group, old, **of_variant)
     sizes = [len(batch.targets) for batch in batches]
     for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):

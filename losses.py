@@ -5,8 +5,7 @@
 
 [NTHR] is arXiv 2505.18830, [LLDS] 2512.04220, [DaGRPO] 2512.06337, [GSPO] 2507.18071, [CISPO]
 2506.13585, [LUFFY] 2504.14945, [DrGRPO] 2503.20783, [DAPO] 2503.14476, [TIS] Yao et al. 2025, "Your
-efficient RL framework secretly brings you off-policy RL training".
-"""
+efficient RL framework secretly brings you off-policy RL training"."""
 import numpy as np
 import torch
 
@@ -15,7 +14,6 @@ LOSSES = ("clip", "gspo", "cispo")
 
 def token_weights(groups, loss_norm="group", max_response_tokens=None):
     """The weight in the loss of the tokens of each response: a list of arrays (G,), one a group.
-
     The loss is the weighted sum over all micro-batches and ranks; groups: all of an update, on all
     ranks. loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "response": 1 /
     (tokens of the response x responses of the group x groups), GRPO's first form and [GSPO].

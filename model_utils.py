@@ -412,18 +412,20 @@ def parallelize(policy, parallel, device="cpu"):
                        reshard_after_forward=True if frozen else None)
 
 
-def make_optimizer(policy, learning_rate, adam_betas, weight_decay, name="adamw"):
+def make_optimizer(policy, learning_rate, weight_decay, name="adamw"):
     """AdamW ("adamw") or plain gradient descent ("sgd") over a policy's parameters."""
     shared = dict(lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name == "sgd":
         return torch.optim.SGD(policy.parameters(), **shared)
-    return torch.optim.AdamW(policy.parameters(), betas=adam_betas, **shared)
+    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), **shared)
 
 
 def optimizer_step(net, optimizer, grad_clip):
-    """Clip gradients to the norm grad_clip (0: not), update, clear. Returns the norm before."""
+    """Clip gradients to the norm grad_clip (0: not), update, clear. Returns the norm before; one
+    that is not finite, the same on all ranks, leaves weights and moments as they are."""
     norm = full(torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or torch.inf))
-    optimizer.step()
+    if norm.isfinite():
+        optimizer.step()
     # new gradients would stand beside DDP's buckets, where these are
     optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))
     return norm

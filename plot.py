@@ -22,8 +22,6 @@ gradient norm; share of clipped tokens: train/grad_norm train/clip_fraction
 change of right responses' log-likelihood; share that fell: displacement/mean displacement/fell
 share of incorrect tokens that are spared: nthr/selected
 shares of masks, of groups: dagrpo/lambda_pos dagrpo/lambda_neg dagrpo/fully_masked anchor/hard
-margin, points: dagrpo/margin
-anchors, nats a token: anchor/logp
 seconds: time/step time/rollout time/judge time/old_policy time/update time/sync"""
 
 

@@ -44,7 +44,6 @@ from model_utils import full
 
 def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tp=1):
     """A vLLM engine in this process, one per rank, inside torchrun's process group.
-
     model: Hugging Face folder or hub id. context: tokens of the longest prompt and response.
     dtype: "auto" is bfloat16 on CUDA, float32 on a CPU. tp: neighbouring ranks that share an
     engine (tensor parallel). All ranks call together, before the trainer takes its memory; it
@@ -70,9 +69,6 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         # every free page of what torch allocates from here on can go back, when vLLM wakes up
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return engine
-
-
-RAW = dict(logprobs=0, flat_logprobs=True, detokenize=False)  # the sampled token's logp, no text
 
 
 def make_groups(tokenizer, rows, prompts, outputs, seeds):
@@ -178,8 +174,9 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     joins = [bool(anchors and problems[p]["anchor"]) for p in order]
     # the rollout that a demonstration replaces in any case need not be sampled
     replaced = anchor_mode == "replace" and not anchor_hard_only
-    sampling = partial(SamplingParams, temperature=temperature, top_p=top_p, **RAW,
-                       max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
+    sampling = partial(  # of each sampled token its log-probability, no text
+        SamplingParams, temperature=temperature, top_p=top_p, logprobs=0, flat_logprobs=True,
+        detokenize=False, max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def grade(outputs):
         groups = make_groups(tokenizer, [problems[order[i]] for i in outputs],

@@ -1,4 +1,5 @@
 """A run's folder: files written whole, the log, checkpoints and which of them are whole."""
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -6,12 +7,13 @@ import json
 import math
 import os
 import shutil
+import socket
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from configurator import is_rank0, print0
+from configurator import die, is_rank0, print0
 from model_utils import full
 
 
@@ -67,7 +69,21 @@ def read_metrics(out_dir):
 
 STEPS = "step_" + "[0-9]" * 6
 LOGS = ("metrics.jsonl", "samples.jsonl", "run_config.json")
-OURS = (*LOGS, "judge_*.jsonl", "curves.png", "eval", STEPS)
+OURS = (*LOGS, "judge_*.jsonl", "curves.png", "eval", "bad_step_*.pt", STEPS)
+
+
+def lock_folder(out_dir):
+    """A file to be kept open: no other run writes to the folder as long as this process lives. On
+    NFS the server keeps the lock. Ends the program if another process has it."""
+    lock = open(f"{out_dir}/lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        die(f"out_dir: {out_dir} belongs to a run that is under way: {lock.read()}")
+    lock.truncate(0)
+    print(f"{socket.gethostname()}, process {os.getpid()}", file=lock, flush=True)
+    return lock
 
 
 def open_run(out_dir, config, start=None):
@@ -92,6 +108,7 @@ def open_run(out_dir, config, start=None):
         for key, value in json.loads(json.dumps(config)).items():
             if before.get(key) != value and key != "resume":
                 print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
+        prune(out_dir, start[0], config["keep_ckpts"])  # a kill may have left one too many
     write_json(f"{out_dir}/run_config.json", config)
 
 

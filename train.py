@@ -6,8 +6,7 @@
 
 A step: sample groups of responses through vLLM and grade them, keep the groups with both outcomes,
 take one or more updates on them, push the weights to vLLM. Settings are the globals below; config
-files and flags override them (configurator.py).
-"""
+files and flags override them (configurator.py)."""
 import importlib.util
 import math
 import resource
@@ -90,8 +89,8 @@ learning_rate = 1e-6          # of AdamW, constant after warm-up
 warmup_steps = 0              # steps over which it rises linearly
 decay_steps = 0               # steps over which it falls linearly to 0; 0: it does not
 weight_decay = 0.0
-adam_betas = (0.9, 0.999)
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
+max_bad_steps = 3             # in a row, without a finite gradient, before the run ends
 parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
 param_dtype = "float32"       # of parameters and moments; bfloat16 loses steps under w / 512
 compute_dtype = "auto"        # of matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
@@ -122,11 +121,11 @@ check(
          wandb_project=TEXTS),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
-            "gpu_memory_utilization entropy_share",
+            "gpu_memory_utilization entropy_share max_bad_steps",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
              "weight_decay samples_per_step tis_cap llds",
      ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "<= 1": "entropy_share",
-     "< 1": "gpu_memory_utilization"},
+     "< 1": "gpu_memory_utilization", "<= 0.01": "learning_rate"},
     infinite="nthr_beta oversample clip_high tis_cap grad_clip")
 if nthr_beta == math.inf:
     die("nthr_beta: inf selects nothing; -inf all")
@@ -146,8 +145,8 @@ if eval_dataset is None and (dataset in data.MADE or (dataset, "test") in data.S
     eval_dataset = dataset
 test_problems = []
 if eval_dataset:
-    test_problems = data.load_problems(eval_dataset, "test", "eval_dataset", data_dir)
-    test_problems = test_problems[:eval_problems]
+    whole_set = data.load_problems(eval_dataset, "test", "eval_dataset", data_dir)
+    test_problems = whole_set[:eval_problems]
 problems = data.drop_evaluated(problems, dataset, data_dir, test_problems)
 judged = variant == "dagrpo"
 demonstrations = data.load_demos(problems, dataset, demos) if judged or anchors else None
@@ -181,6 +180,7 @@ if demonstrations:
 if judged:
     judge_model = open_judge(judge, judge_model)
 if is_rank0():
+    lock = runs.lock_folder(out_dir)
     runs.open_run(out_dir, config, start)
 dist.barrier()
 
@@ -201,7 +201,7 @@ home = "cpu" if parallel == "fsdp" else device
 policy = model_utils.load_policy(load_from, compute, home, activation_checkpointing, storage,
                                  compile)
 net = model_utils.parallelize(policy, parallel, device).train()
-optimizer = model_utils.make_optimizer(policy, learning_rate, adam_betas, weight_decay)
+optimizer = model_utils.make_optimizer(policy, learning_rate, weight_decay)
 if start:
     runs.load_optimizer(start[0], optimizer)
     print0(f"resumed from {start[0]}")
@@ -227,13 +227,12 @@ def has_signal(group):
 def ask_old_policy(unit, outs, head, figures):
     """Set old_logp and advantage (n,) of a unit's micro-batches.
     outs: what the policy that sampled says of each, see Policy.forward; head (V, d): its own."""
-    logp, entropy, h, lse = (torch.cat(x).detach() for x in zip(*outs))
-    first, advantage = 0, [logp.new_zeros(0)]
-    for group in unit.groups:
-        s = slice(first, first + sum(group.lengths))
-        old = Old(logp[s], entropy[s], h[s], lse[s], head, temperature)
+    of_unit = [torch.cat(x).detach() for x in zip(*outs)]  # logp, entropy, h, lse
+    counts = [sum(group.lengths) for group in unit.groups]
+    logp, advantage = of_unit[0], [of_unit[0].new_zeros(0)]
+    for group, *of_group in zip(unit.groups, *(x.split(counts) for x in of_unit)):
+        old = Old(*of_group, head, temperature)
         advantage.append(token_advantages(group=group, old=old, figures=figures, **of_variant))
-        first = s.stop
     sizes = [len(batch.targets) for batch in unit.batches]
     for batch, *of_batch in zip(unit.batches, logp.split(sizes), torch.cat(advantage).split(sizes)):
         batch.old_logp, batch.advantage = of_batch
@@ -293,6 +292,7 @@ def evaluate(step):
 # ---- the loop ------------------------------------------------------------------------------------
 
 saved = step if start else None  # the step of the newest checkpoint
+bad_steps = 0                    # in a row
 while True:
     # ---- save and evaluate
     due = step == max_steps or bool(eval_every) and step % eval_every == 0
@@ -371,7 +371,9 @@ while True:
                     moved = losses.per_response(logp.detach() - batch.old_logp, batch)
                     figures.mean("displacement/mean", moved, where=batch.correct)
                     figures.mean("displacement/fell", moved < 0, where=batch.correct)
-        figures.mean("train/grad_norm", model_utils.optimizer_step(net, optimizer, grad_clip))
+        norm = model_utils.optimizer_step(net, optimizer, grad_clip)
+        figures.mean("train/grad_norm", norm)
+        figures.max("train/bad_step", ~norm.isfinite())  # the update was not taken
     # vLLM wants the room
     updates = update = units = unit = batch = out = logp = entropy = batch_loss = head = None
     clock.lap("update")
@@ -387,10 +389,12 @@ while True:
     if is_rank0():
         log(row, sample_rows(step, groups))
         print0(step_line(row, max_steps))
-    if not math.isfinite(row.get("train/grad_norm", 0)):  # the weights are lost
-        newest = f"{out_dir}/step_{saved:06d}" if saved else "the model itself"
-        print0(f"error: step {step}: the gradient norm is {row['train/grad_norm']}; nothing of it "
-               f"is saved, the newest checkpoint is {newest}")
+        if row.get("train/bad_step"):
+            torch.save(groups, f"{out_dir}/bad_step_{step}.pt")
+    bad_steps = bad_steps + 1 if row.get("train/bad_step") else 0
+    if bad_steps == max_bad_steps:
+        print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; the newest "
+               f"checkpoint is that of step {saved}, the groups are in {out_dir}/bad_step_*.pt")
         raise SystemExit(1)
 
 if is_rank0():

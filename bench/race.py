@@ -116,7 +116,7 @@ def same(spec):
         f"--prompts_per_step={spec['prompts']}", f"--prompts_per_update={spec['prompts']}",
         "--variant=grpo", "--dynamic_sampling=False", "--advantage_norm=mean", "--loss_norm=token",
         "--kl_coef=0.0", "--clip_low=0.2", "--clip_high=0.2", "--warmup_steps=0", "--decay_steps=0",
-        "--weight_decay=0.0", "--adam_betas=(0.9,0.999)", "--grad_clip=1.0", "--eval_every=0",
+        "--weight_decay=0.0", "--grad_clip=1.0", "--eval_every=0",
         f"--tokens_per_micro_batch={tokens_per_micro_batch}", *train_flags]
 
 

@@ -81,7 +81,7 @@ def test_help_and_settings_for_a_function(capsys):
 
 
 GOOD = dict(rate=0.1, bound=math.inf, steps=0, seed=0, eta=3, kinds=("a",), name="x", other=None,
-            count=None, tp=1, adam_betas=(0, 0.9))
+            count=None, tp=1)
 ARGS = dict(
     known=dict(eta=(None, "p", float), kinds=["a", "b"], count=(None, int), other=(None, str)),
     ranges={"> 0": "rate count", ">= 0": "steps", "<= 2": "rate"}, infinite="bound")
@@ -94,8 +94,7 @@ ARGS = dict(
     ("seed", 2**32, "seed: 4294967296"), ("eta", "q", "eta: 'q' is none of None, p, a number"),
     ("eta", True, "eta: True"), ("eta", (0.5,), "eta: (0.5,)"), ("eta", math.nan, "eta: nan"),
     ("count", 0, "count: 0"), ("count", "x", "count: 'x'"), ("count", 1.5, "count: 1.5"),
-    ("kinds", ("a", "c"), "'c' is none of a, b"), ("other", 3, "other: 3 is none of None, a text"),
-    ("adam_betas", (0.9, 1.0), "adam_betas")])
+    ("kinds", ("a", "c"), "'c' is none of a, b"), ("other", 3, "other: 3 is none of None, a text")])
 def test_check(dies, key, value, words):
     check(GOOD, **ARGS)
     dies(words, check, GOOD | {key: value}, **ARGS)

@@ -1,10 +1,16 @@
 """train.py as it was before its redesign: losses, gradients and advantages of recorded groups."""
+import functools
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 from replay import FAMILY, FAMILY_PROBES, ROOT, read_groups, replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import losses
+from runs import read_metrics
 
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 GROUPS = read_groups(GOLDEN["groups"])
@@ -42,18 +48,46 @@ def test_one_rank(name, tmp_path):
         assert got["advantages"] == pytest.approx(want["advantages"], rel=1e-5)
 
 
+@pytest.fixture
+def small(tmp_path, model_dir):
+    """The model's first layers, where what is tested does not depend on their number."""
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        auto.from_pretrained(model_dir, num_hidden_layers=4).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, small, monkeypatch, capsys):
+    """And its groups are kept; after max_bad_steps in a row the run ends."""
+    flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}", "--max_bad_steps=2"]
+    policy_loss = losses.policy_loss
+
+    def after(*bad):
+        calls = iter(bad)
+        monkeypatch.setattr(losses, "policy_loss", functools.wraps(policy_loss)(
+            lambda *args, **kwargs: policy_loss(*args, **kwargs) * next(calls)))
+        out = tmp_path / "-".join(map(str, bad))
+        _, policy = replay([GROUPS] * len(bad), *flags, f"--out_dir={out}")
+        return out, policy.state_dict()
+
+    (out, with_bad), (_, without) = after(1.0, math.nan, 1.0), after(1.0, 1.0)
+    assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
+    assert [row.get("train/bad_step") for row in read_metrics(out)] == [0, 1, 0, None]
+    kept = torch.load(out / "bad_step_2.pt", weights_only=False)
+    assert [g.row for g in kept] == [g.row for g in GROUPS]
+    with pytest.raises(SystemExit, match="1"):
+        after(1.0, math.inf, math.nan, 1.0)
+    assert "step 3: no finite gradient, 2 steps in a row" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("parallel, name, later", TWO_RANKS)
-def test_two_ranks(run, tmp_path, parallel, name, later, model_dir):
+def test_two_ranks(run, tmp_path, parallel, name, later, small):
     others = FAMILY if parallel == "ddp" else {}
-    if others:
-        for auto in (AutoModelForCausalLM, AutoTokenizer):
-            auto.from_pretrained(model_dir, num_hidden_layers=4).save_pretrained(tmp_path / "small")
     done = run("tests/replay.py", tmp_path, parallel, name, *others, ranks=2)
     found = json.loads(done.stdout.split("REPLAYED")[1])
     compare(found[name], GOLDEN["want"][name], later)
     for name, flags in others.items():
         wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}/one",
-                           f"--model={tmp_path}/small", probes=FAMILY_PROBES)
+                           f"--model={small}", probes=FAMILY_PROBES)
         compare(found[name], wanted, 1e-4, 1e-4, 1e-6)
         assert len(wanted) > 1 and all(update["grad_norm"] > 0 for update in wanted)
         if "sign" in name:  # groups whose responses are all wrong have a signal, too

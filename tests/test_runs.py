@@ -1,6 +1,9 @@
 """A run's folder, its figures and curves, and the memory it is estimated to take."""
 import math
 import os
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,7 +81,7 @@ def test_open_run_loses_nothing(tmp_path):
         log({"step": step, key: x})
     before = metrics.read_text() + '{"step": 4, "x"'
     metrics.write_text(before)
-    runs.open_run(str(out), dict(lr=2), (path, dict(step=2)))
+    runs.open_run(str(out), dict(keep_ckpts=1, lr=2), (str(path), dict(step=2)))
     assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
     assert [r.get("x", 7) for r in runs.read_metrics(out)] == [7, None, None]  # JSON has no nan
     plot_runs([str(out)], f"{out}/curves.png")
@@ -87,6 +90,14 @@ def test_open_run_loses_nothing(tmp_path):
     assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
     runs.open_run(str(out), dict(lr=2))
     assert {*os.listdir(out)} == {"old_1", "old_2", "run_config.json"}
+    lock = runs.lock_folder(out)
+    held = "import sys, runs; runs.lock_folder(sys.argv[1])"
+    for status in (2, 0):  # the lock goes with whoever held it
+        done = subprocess.run([sys.executable, "-c", held, out], capture_output=True, text=True)
+        assert done.returncode == status
+        said = f"under way: {socket.gethostname()}, process {os.getpid()}" in done.stderr
+        assert said == bool(status)
+        lock.close()
     assert len(os.listdir(out / "old_2")) == 5  # two logs, curves, config, checkpoint
 
 

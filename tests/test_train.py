@@ -101,13 +101,6 @@ def test_resume_gives_the_same_metrics(whole, run):
     assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
     again = weights(cut, 2)
     assert all(torch.equal(p, again[name]) for name, p in weights(out, 2).items())
-    # the first update destroys the weights, the second has no gradient: checkpoints stay
-    done = run(*args, f"--out_dir={cut}", "--resume", "--max_steps=3", "--eval_every=0",
-               "--keep_ckpts=1", "--learning_rate=1e30", check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the gradient norm is nan" in done.stdout and "2e-05 -> 1e+30" in done.stdout
-    assert sorted(p.name for p in cut.glob("step_*")) == ["step_000001", "step_000002"]
-    assert read_metrics(cut)[-1]["train/grad_norm"] is None
 
 
 def test_two_ranks(run, tmp_path):
@@ -153,6 +146,7 @@ train.py --prompts_per_update=3                  prompts_per_update
 train.py --nthr_beta=inf                         nthr_beta
 train.py --max_response_tokens=100000            context
 train.py --variant=dagrpo                        has a solution
+train.py --learning_rate=1e30                   1e+30 is not <= 0.01
 train.py --llds=0.2                              llds: is always 0 with one update a step
 train.py --delta=9.5                             delta: 9.5
 train.py --judge=gpt-4o                          neither rubric nor an address
