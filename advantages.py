@@ -185,15 +185,12 @@ def nthr_select(s, group, beta=1.0):
     return wrong & (s > tau), tau
 
 
-def most(x, count):
-    """The `count` largest of x (n,), earlier ones of equals: (n,) bool. count: an int or ()."""
-    return x.argsort(descending=True, stable=True).argsort() < count
-
-
 def as_many(selected, by, lengths):
-    """As many tokens of every response as `selected` (n,) has there, those with most of `by`."""
+    """As many tokens of every response as `selected` (n,) has there: those with most of `by` (n,),
+    earlier ones of equals."""
     parts = zip(by.split(lengths), selected.split(lengths))
-    return torch.cat([most(x, chosen.sum()) for x, chosen in parts])
+    return torch.cat([x.argsort(descending=True, stable=True).argsort() < chosen.sum()
+                      for x, chosen in parts])
 
 
 def gwhes(s_positive, s_negative, group):

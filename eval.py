@@ -181,11 +181,6 @@ def kept_rows(path, settings):
     return found[0]
 
 
-def graded_row(g):
-    return g.row | {"response": g.texts, "length": g.lengths, "correct": g.reward.tolist(),
-                    "truncated": g.truncated.tolist()}
-
-
 def table(rows):
     """Markdown of rows of texts, the first one the head."""
     head, *body = [f"| {' | '.join(row)} |\n" for row in rows]
@@ -266,7 +261,8 @@ if __name__ == "__main__":
                 load_weights(engine, folder)
             inside = folder
             groups = generate_all_ranks(engine, *questions, **sampling, progress=True)
-            rows = [graded_row(g) for g in groups]
+            rows = [g.row | {"response": g.texts, "length": g.lengths, "correct": g.reward.tolist(),
+                             "truncated": g.truncated.tolist()} for g in groups]
             if is_rank0():
                 check_folder(os.path.dirname(path))
                 write_jsonl(path, [settings, *rows])
