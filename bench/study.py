@@ -69,7 +69,7 @@ GROUNDS = {
     "steps": ("config/study_steps.py", "out/study/start/step_000008",
               ["config/dagrpo_quickstart.py", "--out_dir=out/study/start"], "fresh_sums.jsonl"),
     "pairs": ("config/quickstart.py", "models/SmolLM2-135M-Instruct", None, "addition"),
-    "late": ("config/study_late.py", "out/study/start_late/step_000020",
+    "late": ("config/study_late.py", "out/study/start_late/step_000025",
              ["config/quickstart.py", "--out_dir=out/study/start_late"], "addition"),
 }
 

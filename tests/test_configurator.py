@@ -121,4 +121,4 @@ def test_configs_hold_what_the_papers_state():
         assert not wrong, (name, wrong)
         assert cards["80 GB"] and memory["held"] < memory["peak"]
     others = {*CONFIGS} ^ {f"{name}.py" for name in configs.PAPER}
-    assert all(re.search("quickstart|lld|eval", name) for name in others)
+    assert all(re.search("quickstart|lld|eval|study", name) for name in others)
