@@ -127,6 +127,7 @@ def work():
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy.core.cache import clear_cache
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which may want more
     resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes
     out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints, it is no verdict
     rules = NormalizationConfig(malformed_operators=True)  # not units: the h of \pi r^2 h

@@ -14,6 +14,7 @@ nothing computed twice.
 """
 import ctypes
 import os
+import signal
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +38,8 @@ def setup_distributed():
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any that is free
+    else:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # ranks of a torchrun that is killed end, too
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"

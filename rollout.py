@@ -8,7 +8,6 @@
 Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a response again.
 Every response is sampled with a seed of its own, so that it depends on nothing sampled beside it.
 """
-import json
 import math
 import os
 import warnings
@@ -60,15 +59,11 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         of_device = dict(enforce_eager=True, block_size=32)
         torch._dynamo.config.disable = True  # vLLM's sampler would want a compiler
     # log-probabilities are of the distribution sampled from, after temperature
-    engine = LLM(
+    return LLM(
         model, dtype=dtype, seed=seed, max_model_len=context, max_num_seqs=max_num_seqs,
         tensor_parallel_size=tp, distributed_executor_backend="external_launcher",
         logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
         use_tqdm_on_load=False, **of_device)
-    if on_cuda and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # every free page of what torch allocates from here on can go back, when vLLM wakes up
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-    return engine
 
 
 def make_groups(tokenizer, rows, prompts, outputs, seeds):
@@ -263,7 +258,7 @@ def sync_weights(engine, model):
         torch.cuda.empty_cache()
         engine.wake_up(["weights"])
     weights = ((name, full(p.detach())) for name, p in model.named_parameters())
-    push_weights(engine, weights, model.config.tie_word_embeddings)
+    push_weights(engine, weights)
     if torch.cuda.is_available():
         engine.wake_up(["kv_cache"])
 
@@ -275,18 +270,16 @@ def load_weights(engine, folder):
             with safe_open(os.path.join(folder, file), "pt") as f:
                 yield from ((name, f.get_tensor(name)) for name in f.keys())
 
-    with open(os.path.join(folder, "config.json")) as f:
-        tied = json.load(f).get("tie_word_embeddings", False)
-    push_weights(engine, weights(), tied)
+    push_weights(engine, weights())
 
 
-def push_weights(engine, weights, tied):
-    """Write (name, tensor) pairs into the engine's model. tied: its head is the embedding."""
+def push_weights(engine, weights):
+    """Write (name, tensor) pairs into the engine's model."""
     if torch.cuda.is_available():
         engine.apply_model(lambda m: m.load_weights(weights) and None)
     else:  # the CPU engine has packed its linears: this unpacks, loads and packs them again
         engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
-        if tied:  # and leaves a tied head as it was
+        if engine.llm_engine.model_config.hf_config.tie_word_embeddings:  # leaves a head as it was
             engine.apply_model(
                 lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
     engine.reset_prefix_cache()

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -39,20 +41,11 @@ def free_name(stem):
     return next(f"{stem}{i}" for i in itertools.count(1) if not os.path.exists(f"{stem}{i}"))
 
 
-def open_log(out_dir, config, wandb_project=None):
-    """A function log(row, samples=()): appends to metrics.jsonl, samples.jsonl and W&B. Rank 0."""
-    if wandb_project:
-        import wandb
-        wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
-
-    def log(row, samples=()):
-        for name, rows in (("metrics", [row]), ("samples", samples)):
-            with open(f"{out_dir}/{name}.jsonl", "a") as f:
-                f.writelines(json.dumps(finite(r)) + "\n" for r in rows)
-        if wandb_project:
-            wandb.log(row, step=row["step"])
-
-    return log
+def log(out_dir, row, samples=()):
+    """Append a step's row to metrics.jsonl, and rows to samples.jsonl. Rank 0."""
+    for name, rows in (("metrics", [row]), ("samples", samples)):
+        with open(f"{out_dir}/{name}.jsonl", "a") as f:
+            f.writelines(json.dumps(finite(r)) + "\n" for r in rows)
 
 
 def finite(row):
@@ -70,6 +63,18 @@ def read_metrics(out_dir):
 STEPS = "step_" + "[0-9]" * 6
 LOGS = ("metrics.jsonl", "samples.jsonl", "run_config.json")
 OURS = (*LOGS, "judge_*.jsonl", "curves.png", "eval", "bad_step_*.pt", STEPS)
+
+
+def catch_signals(asked):
+    """SIGTERM and Ctrl-C add themselves to the list `asked`: the run ends after its step. One that
+    comes two seconds later or more ends it at once (torchrun repeats the first)."""
+    def handler(number, frame):
+        asked.append((number, time.time()))
+        if asked[-1][1] > asked[0][1] + 2:
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def lock_folder(out_dir):

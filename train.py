@@ -7,7 +7,6 @@
 A step: sample groups of responses through vLLM and grade them, keep the groups with both outcomes,
 take one or more updates on them, push the weights to vLLM. Settings are the globals below; config
 files and flags override them (configurator.py)."""
-import importlib.util
 import math
 import resource
 
@@ -101,7 +100,6 @@ eval_every = 10               # steps; greedy accuracy, from step 0 on; 0: after
 ckpt_every = 0                # steps; 0: before every evaluation. There is always one at the end
 keep_ckpts = 2                # newest checkpoints kept
 samples_per_step = 4          # groups a step written to samples.jsonl
-wandb_project = None          # log to Weights & Biases under this project
 
 config = configure(globals())
 
@@ -117,8 +115,7 @@ check(
          anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
          compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:],
          max_num_seqs=(None, int), gpu_memory_utilization=(None, float),
-         eval_dataset=TEXTS, system_prompt=TEXTS, demos=TEXTS, judge_model=TEXTS,
-         wandb_project=TEXTS),
+         eval_dataset=TEXTS, system_prompt=TEXTS, demos=TEXTS, judge_model=TEXTS),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
             "gpu_memory_utilization entropy_share max_bad_steps",
@@ -135,8 +132,6 @@ if judge != "rubric" and not judge.startswith(("http://", "https://")):
     die(f"judge: {judge!r} is neither rubric nor an address, http://host:port/v1")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide {prompts_per_step=}")
-if wandb_project and not getattr(importlib.util.find_spec("wandb"), "origin", None):
-    die("wandb_project: the package wandb is not installed")
 start = runs.newest_checkpoint(out_dir) if resume else None
 if resume and start is None:
     die(f"resume: no whole checkpoint in {out_dir}; all machines have to see it")
@@ -210,7 +205,6 @@ if kl_coef:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
     ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref
 scores_known = read_cache(out_dir)  # of the judge, before this run was resumed
-log = runs.open_log(out_dir, config, wandb_project) if is_rank0() else None
 
 # the settings that these functions take, by name
 of_sampling = settings_for(rollout.sample_batch, config)
@@ -284,7 +278,7 @@ def evaluate(step):
            "eval/truncated": float(np.mean([g.truncated for g in groups])),
            "time/eval": clock.seconds["time/eval"]}
     if is_rank0():
-        log(row)
+        runs.log(out_dir, row)
         print0(f"step {step}: greedy accuracy {row['eval/accuracy']:.1%} on {len(groups)} "
                "held-out problems")
 
@@ -293,14 +287,21 @@ def evaluate(step):
 
 saved = step if start else None  # the step of the newest checkpoint
 bad_steps = 0                    # in a row
+asked = []                       # signals to end
+runs.catch_signals(asked)
 while True:
     # ---- save and evaluate
+    stop = torch.tensor(asked[0][0] if asked else 0)
+    dist.all_reduce(stop, dist.ReduceOp.MAX)  # all ranks or none
     due = step == max_steps or bool(eval_every) and step % eval_every == 0
-    save = step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
+    save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
     if save and step not in (0, saved):
         state = dict(step=step, position=position)
         runs.save_checkpoint(out_dir, state, policy.model, tokenizer, optimizer, config, keep_ckpts)
         saved = step
+    if stop:
+        print0(f"stopped by signal {stop}; --resume goes on from step {step}")
+        raise SystemExit(128 + int(stop))
     if due and test_problems:
         evaluate(step)
     if step >= max_steps:
@@ -387,7 +388,7 @@ while True:
            **figures.all_ranks(), **clock.seconds}
     row |= speed_figures(row)
     if is_rank0():
-        log(row, sample_rows(step, groups))
+        runs.log(out_dir, row, sample_rows(step, groups))
         print0(step_line(row, max_steps))
         if row.get("train/bad_step"):
             torch.save(groups, f"{out_dir}/bad_step_{step}.pt")

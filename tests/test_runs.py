@@ -75,10 +75,10 @@ def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys):
 def test_open_run_loses_nothing(tmp_path):
     out = tmp_path / "run[1]"
     runs.open_run(str(out), dict(lr=1))
-    path, log, metrics = fake_checkpoint(out, 2), runs.open_log(out, {}), out / "metrics.jsonl"
+    path, metrics = fake_checkpoint(out, 2), out / "metrics.jsonl"
     for step, key, x in ((0, "eval/accuracy", 1), (1, "x", math.nan), (2, "x", math.inf),
                          (2, "eval/accuracy", 2), (3, "train/entropy", 3)):
-        log({"step": step, key: x})
+        runs.log(out, {"step": step, key: x})
     before = metrics.read_text() + '{"step": 4, "x"'
     metrics.write_text(before)
     runs.open_run(str(out), dict(keep_ckpts=1, lr=2), (str(path), dict(step=2)))
@@ -107,9 +107,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
                                  ("c", dict(variant="nthr", seed=0), (5, None))):
         out = str(tmp_path / name)
         runs.open_run(out, config | dict(out_dir=out))
-        log = runs.open_log(out, {})
         for step, x in enumerate(values):
-            log({"step": step, "train/entropy": x, "time/step": 3})
+            runs.log(out, {"step": step, "train/entropy": x, "time/step": 3})
     drawn = []
     monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(args))
     plot_runs([str(tmp_path / x) for x in "abc"], "runs.png")

@@ -2,7 +2,9 @@
 import json
 import re
 import runpy
-import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,14 +90,20 @@ def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run, monkeyp
     assert json.loads((out / "eval" / "results.json").read_text()) == results
 
 
-def test_resume_gives_the_same_metrics(whole, run):
-    """Killed after the checkpoint of step 1, in a row of step 2: the rest comes out the same."""
+def test_a_stopped_run_saves_and_its_resume_gives_the_same_metrics(whole, run):
+    """SIGTERM ends it after its step; then a row is cut off, as by a kill."""
     out, args, _ = whole
     cut = out.parent / "cut"
-    shutil.copytree(out, cut, ignore=shutil.ignore_patterns("step_000002", "curves.png", "eval"))
-    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (cut / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    (cut / "step_000002.tmp").mkdir()
+    with subprocess.Popen([sys.executable, *args, f"--out_dir={cut}"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("step 1/2"))
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate()
+    assert process.returncode == 143 and "Traceback" not in errors
+    assert re.search(r"stopped by signal 15; --resume goes on from step [12]\n$", rest)
+    with open(cut / "metrics.jsonl", "a") as f:
+        f.write('{"step": 2, "eval/acc')
+    (cut / "step_000003.tmp").mkdir()
     run(*args, f"--out_dir={cut}", "--resume")
     assert figures(cut) == figures(out)
     assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
