@@ -8,6 +8,7 @@
 # make bench          what NTHR adds to a step, what shared prompts save; on a GPU also MFU,
 #                     rollouts, weight push, sleep
 # make race           TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
+# make study          do the methods train better than GRPO? Five seeds each, a night: out/study/
 # make configs-check  do the configs hold what the papers state, and which GPU does each fit
 # make setup          nothing else
 PYTHON ?= python3
@@ -34,6 +35,9 @@ bench: setup
 
 race: setup .venv-race/ready
 	$(BIN)/python bench/race.py
+
+study: setup
+	$(BIN)/python bench/study.py
 
 configs-check: .venv/ready
 	$(BIN)/python bench/configs.py
@@ -72,4 +76,4 @@ $(MODEL)/config.json: .venv/ready
 	fi
 	touch $@
 
-.PHONY: quickstart dagrpo lld test lint bench race configs-check setup
+.PHONY: quickstart dagrpo lld test lint bench race study configs-check setup

@@ -69,7 +69,7 @@ GROUNDS = {
     "steps": ("config/study_steps.py", "out/study/start/step_000008",
               ["config/dagrpo_quickstart.py", "--out_dir=out/study/start"], "fresh_sums.jsonl"),
     "pairs": ("config/quickstart.py", "models/SmolLM2-135M-Instruct", None, "addition"),
-    "late": ("config/study_late.py", "out/study/start_late/step_000025",
+    "late": ("config/study_late.py", "out/study/start_late/step_000022",
              ["config/quickstart.py", "--out_dir=out/study/start_late"], "addition"),
 }
 
@@ -104,6 +104,7 @@ def train_missing(ground, cells):
 
 
 def is_done(ground, method, seed):
+    """Did this run come to its end?"""
     return os.path.exists(f"{out_dir}/{ground}/{method}_{seed}/done")
 
 
@@ -135,8 +136,9 @@ def ask(ground, models, *flags):
 
 def right_answers(ground, tokenizer):
     """A right answer of the start model to each problem that it has one to: Groups of one."""
-    config, start, _, data = GROUNDS[ground]
-    [path] = Path(f"{out_dir}/{ground}_eval").glob(f"**/{start}/*_n8_t1.jsonl")
+    _, start, _, data = GROUNDS[ground]
+    name = "/".join(Path(start).parts[-2:])
+    [path] = Path(f"{out_dir}/{ground}_eval").glob(f"**/{name}/*_n8_t1.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     dataset = "sums" if ground == "steps" else data
     end = end_token(tokenizer, start)
@@ -171,6 +173,12 @@ def difference(a, b, draws=4000):
     means = [d[rng.integers(seeds, size=seeds)][:, rng.integers(problems, size=problems)].mean()
              for _ in range(draws)]
     return [d.mean(), *np.quantile(means, (0.025, 0.975))], float(np.std(means))
+
+
+def mean_of(rows, key):
+    """Mean of a metric over the rows that have it: steps without a group to train on lack some."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return np.mean(values) if values else np.nan
 
 
 def tabulate(ground, cells):
@@ -210,9 +218,9 @@ def tabulate(ground, cells):
         rows.append([method, str(len(own)), *(
             f"{scale.get(name, 100) * np.mean([x[cell] for cell in own]):.{1 + (name in scale)}f}"
             for name, x in values.items()),
-            f"{np.mean([m[-1]['train/entropy'] for m in metrics]):.3f}",
-            f"{np.mean([row['train/grad_norm'] for m in metrics for row in m]):.2f}",
-            f"{np.mean([row['time/step'] for m in metrics for row in m]):.1f}"])
+            f"{mean_of([m[-1] for m in metrics], 'train/entropy'):.3f}",
+            f"{mean_of(sum(metrics, []), 'train/grad_norm'):.2f}",
+            f"{mean_of(sum(metrics, []), 'time/step'):.1f}"])
         pairs = [(cell, ("grpo", cell[1])) for cell in own if ("grpo", cell[1]) in cells]
         if method == "grpo" or not pairs:
             continue
@@ -240,7 +248,6 @@ if __name__ == "__main__":
     if not all(seed.isdigit() for seed in seeds.split(",")):
         die(f"seeds: {seeds!r} is not whole numbers with commas between")
     os.makedirs(out_dir, exist_ok=True)
-    model_utils.setup_distributed()
     for ground in grounds.split(","):
         cells = [(method, int(seed)) for seed in seeds.split(",") for method in chosen]
         if train:

@@ -120,7 +120,7 @@ if __name__ == "__main__":
             flags, probes = [*FAMILY[name], f"--model={out_dir}/small"], FAMILY_PROBES
         found[name], _ = replay(
             [read_groups(golden["groups"])], *golden["common"], *flags,
-            f"--parallel={parallel}", f"--out_dir={out_dir}/{parallel}", probes=probes)
+            f"--parallel={parallel}", f"--out_dir={out_dir}/{name}", probes=probes)
     if dist.get_rank() == 0:
         print("REPLAYED", json.dumps(found), flush=True)
     dist.destroy_process_group()

@@ -86,7 +86,7 @@ def test_two_ranks(run, tmp_path, parallel, name, later, small):
     found = json.loads(done.stdout.split("REPLAYED")[1])
     compare(found[name], GOLDEN["want"][name], later)
     for name, flags in others.items():
-        wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}/one",
+        wanted, _ = replay([GROUPS], *GOLDEN["common"], *flags, f"--out_dir={tmp_path}/one_{name}",
                            f"--model={small}", probes=FAMILY_PROBES)
         compare(found[name], wanted, 1e-4, 1e-4, 1e-6)
         assert len(wanted) > 1 and all(update["grad_norm"] > 0 for update in wanted)
