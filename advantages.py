@@ -144,7 +144,7 @@ def influence(old, tokens, source, vocab="response", chunk=512):
     old: Old; tokens (n,) int and source (n,), weights, 0 for most, both on the host. vocab
     "response": only rows of the head whose tokens are in the group (V*_x, softmax still over all
     of them), or "full". Returns (n,) in float32 (float64 of float64). lse is known, so u comes a
-    block of the vocabulary at a time: at most chunk x V numbers exist at once."""
+    block of the vocabulary at a time: no array has more than chunk x V numbers."""
     dtype = torch.promote_types(old.h.dtype, torch.float32)
     h, shift = old.h.to(dtype), -old.lse[:, None].to(dtype)
     head, column = old.head, tokens
@@ -156,7 +156,7 @@ def influence(old, tokens, source, vocab="response", chunk=512):
     source = to_device(np.flatnonzero(source), h, torch.int64)
     h_source = h.index_select(0, source) * weight[:, None]  # (K, d)
     s = h.new_zeros(len(h))
-    block = max(1, chunk * len(head) // max(1, len(h)))
+    block = max(1, chunk * len(head) // max(h.shape))  # rows of u (n, block) and M (d, block)
     for a in range(0, len(head), block):
         w = head[a:a + block].to(old.h.dtype).to(dtype)  # (block, d)
         u = torch.addmm(shift, h, w.T, alpha=1 / old.temperature).exp_().neg_()  # (n, block)

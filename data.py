@@ -226,7 +226,7 @@ def encode_anchor(tokenizer, prompt, text, end):
     """Token ids of a demonstration as the response to a prompt, int32 (R,), end token included."""
     if tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):  # opened by the template already
         text = text.lstrip().removeprefix("<think>").lstrip()
-    ids = tokenizer(apart(tokenizer, text), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(apart(tokenizer)(text), add_special_tokens=False)["input_ids"]
     return np.array(ids + [end], np.int32)
 
 
@@ -268,15 +268,17 @@ def chat(*texts):
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def apart(tokenizer, text):
-    """A text, its special tokens taken apart: `<|im_end|>` in a problem must not end a turn."""
+@lru_cache(maxsize=2)
+def apart(tokenizer):
+    """Takes special tokens in a text apart: `<|im_end|>` in a problem must not end a turn."""
     special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return re.sub("|".join(special) or "$^", lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    found = re.compile("|".join(special) or "$^")
+    return partial(found.sub, lambda token: f"{token[0][0]} {token[0][1:]}")
 
 
 def encode_chats(tokenizer, chats):
     """Token ids of chats, lists of {"role", "content"}, up to the answer that is asked for."""
-    chats = [[dict(turn, content=apart(tokenizer, turn["content"])) for turn in x] for x in chats]
+    chats = [[dict(turn, content=apart(tokenizer)(turn["content"])) for turn in x] for x in chats]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     # a chat template writes its own begin-of-sequence token
     return tokenizer(texts, add_special_tokens=False)["input_ids"]

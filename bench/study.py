@@ -153,17 +153,11 @@ def right_answers(ground, tokenizer):
 
 @torch.no_grad()
 def log_likelihoods(model, groups):
-    """ln p of each group's one response (groups,), nats; kept in the model's folder."""
-    path = f"{model}/../loglik.json"
-    if os.path.exists(path):
-        return np.array(json.load(open(path)))
+    """ln p of each group's one response (groups,), nats."""
     policy = model_utils.load_policy(model, torch.float32, "cpu").eval()
     units = model_utils.pack_units(groups, 3000)
     logp = torch.cat([policy(batch, 1.0)[0] for unit in units for batch in unit.batches])
-    sums = [x.sum().item() for x in logp.split([len(g.responses[0]) for g in groups])]
-    if "/step_" in model:
-        write_json(path, sums)
-    return np.array(sums)
+    return np.array([x.sum().item() for x in logp.split([g.lengths[0] for g in groups])])
 
 
 def difference(a, b, draws=4000):
