@@ -9,6 +9,7 @@
 #                     rollouts, weight push, sleep
 # make race           TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
 # make study          do the methods train better than GRPO? Five seeds each, a night: out/study/
+# make torture        what kills, full disks, damage, hostile input do to a run: two hours
 # make configs-check  do the configs hold what the papers state, and which GPU does each fit
 # make setup          nothing else
 PYTHON ?= python3
@@ -38,6 +39,9 @@ race: setup .venv-race/ready
 
 study: setup
 	$(BIN)/python bench/study.py
+
+torture: setup
+	$(BIN)/python bench/torture.py
 
 configs-check: .venv/ready
 	$(BIN)/python bench/configs.py
@@ -76,4 +80,4 @@ $(MODEL)/config.json: .venv/ready
 	fi
 	touch $@
 
-.PHONY: quickstart dagrpo lld test lint bench race study configs-check setup
+.PHONY: quickstart dagrpo lld test lint bench race study torture configs-check setup

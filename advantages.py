@@ -8,11 +8,9 @@ of its n response tokens are tensors on the device, one response after the other
     responses of 2, 1 and 3 tokens, the second one right:
     reward (3,)     0  1  0             advantage of grpo (6,)   -.71 -.71 1.41 -.71 -.71 -.71
 
-Rewards are 1 for a correct response and 0 for an incorrect one. p is a group's share of correct
-ones. In order: advantages; the variants' parts (NTHR and THR, DaGRPO).
-
-[NTHR] is arXiv 2505.18830, [THR] 2510.03669, [DaGRPO] 2512.06337, [NSR] 2506.01347, [ENTROPY]
-2506.01939, [DrGRPO] 2503.20783."""
+Rewards are 1 for a correct response, else 0. p is a group's share of correct ones. [NTHR] is arXiv
+2505.18830, [THR] 2510.03669, [DaGRPO] 2512.06337, [NSR] 2506.01347, [ENTROPY] 2506.01939, [DrGRPO]
+2503.20783."""
 import math
 from dataclasses import dataclass
 
@@ -139,12 +137,10 @@ def influence(old, tokens, source, vocab="response", chunk=512):
 
     [NTHR] eq. 7. u = onehot(token) - softmax(logits / temperature) is the prediction error: M is
     the gradient of the source tokens' log-likelihood with respect to the LM head, and s_t its
-    inner product with token t's (times temperature^2).
-
-    old: Old; tokens (n,) int and source (n,), weights, 0 for most, both on the host. vocab
-    "response": only rows of the head whose tokens are in the group (V*_x, softmax still over all
-    of them), or "full". Returns (n,) in float32 (float64 of float64). lse is known, so u comes a
-    block of the vocabulary at a time: no array has more than chunk x V numbers."""
+    inner product with token t's (times temperature^2). tokens (n,) int and source (n,), weights, 0
+    for most, are on the host. vocab "response": only rows of the head whose tokens are in the group
+    (V*_x, softmax still over all of them), or "full". Returns (n,) in float32 (float64 of float64).
+    lse is known, so u comes a block of the vocabulary at a time: no array is over chunk x V."""
     dtype = torch.promote_types(old.h.dtype, torch.float32)
     h, shift = old.h.to(dtype), -old.lse[:, None].to(dtype)
     head, column = old.head, tokens
@@ -186,8 +182,7 @@ def nthr_select(s, group, beta=1.0):
 
 
 def as_many(selected, by, lengths):
-    """As many tokens of every response as `selected` (n,) has there: those with most of `by` (n,),
-    earlier ones of equals."""
+    """As many tokens of every response as `selected` (n,) has there: those with most of `by`."""
     parts = zip(by.split(lengths), selected.split(lengths))
     return torch.cat([x.argsort(descending=True, stable=True).argsort() < chosen.sum()
                       for x, chosen in parts])

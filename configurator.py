@@ -4,9 +4,8 @@
 
 A script assigns its settings as plain globals and then calls `configure(globals())`. Arguments
 without `--` are config files: Python, executed in order, later ones win. `--key=value` and `--key
-value` win over every file; a bare `--key` turns a boolean on, and a setting that is `()` by default
-takes all words up to the next flag. The type of a setting is that of its default (None takes
-anything), an int will do for a float, and an unknown name is refused with the nearest one."""
+value` win over files; a bare `--key` turns a boolean on, and a setting that is `()` takes all words
+up to the next flag. The type of a setting is that of its default; None takes anything."""
 import ast
 import builtins
 import difflib
@@ -14,6 +13,7 @@ import inspect
 import math
 import operator
 import os
+import signal
 import sys
 import traceback
 
@@ -41,7 +41,7 @@ def _checked(key, value, default, where):
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(default, float) and type(value) is int:
-        value = float(value)
+        value = float(str(value))  # of 400 digits: inf
     if default is not None and type(value) is not type(default):
         die(f"{where}: {key} must be {type(default).__name__}, got {value!r}")
     return value
@@ -94,7 +94,11 @@ def configure(script_globals, argv=None):
     """Override `script_globals` in place from config files and flags; returns the settings.
     Settings are the globals so far without a leading underscore whose values are bool, int, float,
     str, tuple or None. argv: list of str, default sys.argv[1:]."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
     argv = list(sys.argv[1:] if argv is None else argv)
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            die(f"command line: {word!r} is not UTF-8")
     types = (bool, int, float, str, tuple, type(None))
     defaults = {key: value for key, value in script_globals.items()
                 if isinstance(value, types) and not key.startswith("_")}

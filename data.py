@@ -26,7 +26,7 @@ class Group:
     truncated: np.ndarray = None  # (G,) bool, cut off at max_response_tokens, so incorrect
     is_anchor: np.ndarray = None  # (G,) bool, a demonstration that the policy did not sample
     score: np.ndarray = None   # (G,) float, the judge's, in [1, 10]; nan: not judged
-    weight: np.ndarray = None  # (G,) float, of each response's tokens in the loss: token_weights
+    weight: np.ndarray = None  # (G,) float, of each response's tokens in the loss: set_weights
     seed: int = 0              # of whatever is drawn for this group
     update_tokens: int = 0     # response tokens of its update, on all ranks
 
@@ -136,8 +136,7 @@ def _read_problems(path, key, second="answer"):
 
 
 def drop_evaluated(problems, dataset, data_dir, evaluated):
-    """Training problems that are neither in `evaluated` nor in a test set in data_dir; ends the
-    program if none is."""
+    """Training problems that are neither in `evaluated` nor in a test set in data_dir."""
     rows = list(evaluated)
     for file in (file for (_, split), file in SETS.items() if split == "test"):
         path = f"{data_dir}/{file}.jsonl"
@@ -189,9 +188,8 @@ def share_out(function, items):
 
 
 def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
-    """Grade the demonstrations; a problem gets the first right one that is short enough to be
-    trained on, token `end` included, else the first right one. All ranks call together. Sets
-    row["solution"] (None without a right one) and row["anchor"], whether it is short enough."""
+    """Set row["solution"] to the first right demonstration that is short enough to be trained on,
+    else the first right one, or None; and row["anchor"]: is it short enough? All ranks call."""
     def choose(share):
         items = [(text, row) for row, _, texts in share for text in texts]
         verdicts = iter(grade_all(items, progress=is_rank0()))

@@ -6,10 +6,9 @@
     torchrun --nproc_per_node=8 -- eval.py --ckpt=DIR --n=8 --tp=2     `--`, since torchrun has --n
     python eval.py --compare a.jsonl b.jsonl    two models' responses to the same problems
 
-Results are in eval/ beside the checkpoints of a run, of other models in out/eval/: results.json
-and results.md of the last command, and for every model and set a file of all responses with their
-grades, which is not done again. A checkpoint of train.py is asked as it was trained: prompt and
-length come from its run_config.json."""
+Results are in eval/ beside a run's checkpoints, of other models in out/eval/: results.md and .json
+of the last command, and for every model and set a file of graded responses, which is not made
+again. A checkpoint of train.py is asked as it was trained, by its run_config.json."""
 import contextlib
 import json
 import math
@@ -17,12 +16,9 @@ import os
 import zlib
 from pathlib import Path
 
+from rollout import build_engine, generate_all_ranks, load_weights  # before torch
+
 import numpy as np
-
-# First, since it sets torch's threads.
-from rollout import build_engine, generate_all_ranks, load_weights
-
-# isort: split
 import torch.distributed as dist
 
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
@@ -39,7 +35,6 @@ data_dir = None               # where known sets are; None: as in training, or d
 n = 1                         # responses a problem
 n_of = ()                     # (("aime24", 32), ...): of sets that want another number
 temperature = 0.0             # 0: greedy
-top_p = 1.0
 max_response_tokens = None    # None: as in training, the set's own, 2048; at most what fits
 max_problems = None           # the first so many of each set; None: all, or as in training
 system_prompt = None          # None: as in training, else the set's own
@@ -57,8 +52,7 @@ OUT_OF_DISTRIBUTION = ("arc_c", "gpqa_diamond", "mmlu_pro")  # averaged by thems
 # ---- statistics ----------------------------------------------------------------------------------
 
 def pass_at_k(correct, k):
-    """Unbiased probability that one of k of n responses is correct (arXiv 2107.03374). correct: n
-    numbers, 0 or 1."""
+    """Probability that one of k of n responses is correct (2107.03374). correct: n of 0 or 1."""
     return 1.0 - math.comb(correct.count(0), k) / math.comb(len(correct), k)
 
 
@@ -167,12 +161,11 @@ def plan(model, tokenizer, room, given):
 # ---- results: files of responses, a line with the settings, then one for each problem; tables ----
 
 def kept_rows(path, settings):
-    """The rows after the first of a file that write_jsonl left, on all ranks; None if there is no
-    such file. The first row are the settings that they belong to: a file of others, or a damaged
-    one, is renamed."""
+    """The rows of a file, on all ranks, after the first, the settings that they belong to; None if
+    there is no such file. A file of other settings, or a damaged one, is renamed."""
     found = [None]
     if is_rank0() and os.path.exists(path):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             first, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
             found = [rows if first == settings else None]
         if found == [None]:
@@ -187,8 +180,7 @@ def table(rows):
     return "".join([head, "| --- " * len(rows[0]), "|\n", *body])
 
 
-def with_interval(mean, low, high, scale=100):
-    """A figure with its 95% interval as text, by default in percent."""
+def interval(mean, low, high, scale=100):
     return f"{scale * mean:.1f} ({scale * low:.1f} to {scale * high:.1f})"
 
 
@@ -208,7 +200,7 @@ def results_table(results):
     cells = {}  # (model, figure): {set: text}
     for r in results:
         for figure, ends in r["figures"].items():
-            text = with_interval(*ends, 1 if figure == "length" else 100)
+            text = interval(*ends, 1 if figure == "length" else 100)
             cells.setdefault((r["model"], figure), {})[r["data"]] = text
     return table([["model", "figure", *names],
                   *([*key, *(row.get(name, "") for name in names)] for key, row in cells.items())])
@@ -223,8 +215,8 @@ if __name__ == "__main__":
     texts = dict.fromkeys(("data", "data_dir", "system_prompt", "out_dir"), (None, str))
     check(
         config, counts | texts | dict(dtype=("auto", "float32", "bfloat16")),
-        {"> 0": " ".join(counts) + " n top_p gpu_memory_utilization", ">= 0": "temperature",
-         "<= 1": "top_p gpu_memory_utilization"})
+        {"> 0": " ".join(counts) + " n gpu_memory_utilization", ">= 0": "temperature",
+         "<= 1": "gpu_memory_utilization"})
     given = {key: value for key, value in config.items() if value is not None}
     models = {}
     for part in ckpt.split(","):
@@ -238,8 +230,8 @@ if __name__ == "__main__":
     jobs, first = [], None
     for folder, weights in models.items():
         tokenizer, hf_config = load_tokenizer(folder, "ckpt")
-        varying = dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
-        kind = hf_config.to_dict() | varying
+        kind = hf_config.to_dict()
+        kind |= dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
         first = first or kind
         if kind != first:
             die(f"ckpt: {folder} is another kind of model than the first; evaluate it by itself")

@@ -4,6 +4,7 @@ import time
 from functools import partialmethod
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 
@@ -11,10 +12,11 @@ import torch.distributed as dist
 class Figures:
     """Means, sums and maxima over a step's tokens, responses or groups, on all ranks.
     A figure's key is written where it is measured. Values are tensors, numpy arrays or numbers; a
-    GPU is not waited for before `all_ranks`."""
+    GPU is not waited for before `all_ranks`, but by `lap`, which stands between phases."""
 
     def __init__(self, device):
         self.device = device
+        self.start = self.last = time.time()
         self.noted = {}  # (key, kind): pairs (2,) of sum and count, or of the maximum twice
 
     def note(self, kind, key, values, where=True):
@@ -33,12 +35,19 @@ class Figures:
     sum = partialmethod(note, "sum")
     max = partialmethod(note, "max")
 
+    def lap(self, phase):
+        """The seconds since the last lap are time/`phase`, of the slowest rank."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.max(f"time/{phase}", time.time() - self.last)
+        self.last = time.time()
+        self.max("time/step", self.last - self.start)
+
     def all_ranks(self):
         """{key: float} over all ranks, which call together; the mean of nothing is nan."""
-        mine = {}
-        for (key, kind), pairs in self.noted.items():
-            pairs = torch.stack(pairs)
-            mine[key, kind] = (pairs.amax(0) if kind == "max" else pairs.sum(0)).tolist()
+        noted = {name: torch.stack(pairs) for name, pairs in self.noted.items()}
+        mine = {name: (pairs.amax(0) if name[1] == "max" else pairs.sum(0)).tolist()
+                for name, pairs in noted.items()}
         seen, out = [None] * dist.get_world_size(), {}
         dist.all_gather_object(seen, mine)
         for key, kind in dict.fromkeys(name for of_rank in seen for name in of_rank):
@@ -49,21 +58,32 @@ class Figures:
         return out
 
 
-class Clock:
-    """Seconds of a step by phase; `lap` waits for the GPU, so it stands between phases only."""
-
-    def __init__(self):
-        self.start = self.last = time.time()
-        self.seconds = {}
-
-    def lap(self, phase):
-        """The seconds since the last lap go to time/`phase`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.time()
-        self.seconds[f"time/{phase}"] = now - self.last
-        self.seconds["time/step"] = now - self.start
-        self.last = now
+def find_alarms(row, rows):
+    """Set alarm/* of a step's row; returns lines to print, each the first time that it is due.
+    rows: all of metrics.jsonl so far."""
+    steps = pd.DataFrame([*(r for r in rows if "time/step" in r), row]).astype(float)
+    idle = (steps["rollout/groups_kept"] == 0) | steps["reward/mean"].isin([0, 1])
+    first, usual = steps[:5].median(), steps.rolling(21, min_periods=6).median().iloc[-1]
+    ten = steps.rolling(10)
+    change, spread = ten.mean().diff(10).iloc[-1], (ten.std() / ten.std().shift(10)).iloc[-1]
+    found = (
+        ("no_signal", len(idle) > 2 and idle[-3:].all(),
+         "no group had right and wrong responses for three steps: try other problems, a larger "
+         "group_size, a higher temperature, anchors=1"),
+        ("gradient", row["train/grad_norm"] > 10 * usual["train/grad_norm"],
+         "the gradient norm is ten times its median: try a smaller learning_rate"),
+        ("length", row["rollout/mean_length"] < first["rollout/mean_length"] / 3,
+         "responses are a third as long as at first: see samples.jsonl, try loss_norm=token"),
+        ("entropy", row["train/entropy"] < 0.01,
+         "hardly any entropy is left: try clip_high=0.28, a higher temperature, fewer steps"),
+        ("flat", abs(change["reward/accuracy"]) < 0.01 and spread["train/loss"] > 3,
+         "accuracy stays while the loss swings more: try a smaller learning_rate; of dagrpo "
+         "a smaller delta, another judge"),
+        ("gap", row["gap/mean"] > max(0.01, 3 * first["gap/mean"]),
+         "vLLM's log-probabilities drift from the trainer's: try tis_cap=2, another rollout_dtype"))
+    due = {f"alarm/{name}": text for name, is_due, text in found if is_due}
+    row |= dict.fromkeys(due, 1)
+    return [f"{key}: {text}" for key, text in due.items() if not any(key in r for r in rows)]
 
 
 # the printed line: label, key, format. All other figures are in metrics.jsonl

@@ -177,11 +177,10 @@ def choice(boxed):
 def grade_all(items, progress=False):
     r"""[(response text, problem), ...] -> [bool, ...]: is the last `\boxed{}` the problem's answer?
     problem: {"answer": str}; one with "n_choices" is multiple choice, its answer a letter. Equal
-    pairs are compared once. Any thread may call this. progress: show a bar over the worker's part.
-    """
+    pairs are compared once. Any thread may call this. progress: show a bar of what takes long."""
     verdicts = [quick(text, problem) for text, problem in items]
     pairs = list({x: None for x in verdicts if isinstance(x, tuple)})
-    asked = tqdm(_pool.map(_ask, pairs), "grading", len(pairs), disable=not progress)
+    asked = tqdm(_pool.map(_ask, pairs), "grading", len(pairs), disable=not (progress and pairs))
     answers = dict(zip(pairs, asked))
     return [answers.get(x, x) for x in verdicts]
 

@@ -1,8 +1,7 @@
 """DaGRPO's judge: scores in [1, 10] for responses, against a demonstration of the same problem.
 
-"rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o). A
-response is graded and never read for a score: only the judge's own reply is (`parse_score`). arXiv
-2512.06337 has the criteria; PROMPT is ours."""
+"rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o).
+arXiv 2512.06337 has the criteria; PROMPT is ours."""
 import hashlib
 import json
 import os
@@ -150,7 +149,7 @@ def ask_server(url, model, prompts, temperature):
 
 def read_cache(out_dir):
     """Scores that earlier processes of this run got: {key: score}."""
-    text = "".join(path.read_text() for path in Path(out_dir).glob("judge_*.jsonl"))
+    text = "".join(path.read_text(errors="replace") for path in Path(out_dir).glob("judge_*.jsonl"))
     # rows that are whole: a kill may have cut one off
     rows = re.findall(r'\{"key": "(\w+)", "score": ([\d.]+)\}\n', text)
     return {key: float(score) for key, score in rows}
@@ -172,10 +171,9 @@ def _asked_scores(url, model, cache, path, groups):
 
 def judge_all_ranks(groups, judge, model=None, cache=None, out_dir=None):
     """Set the score (G,) of the groups that have a demonstration by judge "rubric" or an address.
-    All ranks hold all groups and call together; each asks about a share. model: of a server. Its
-    scores are kept as they come, in the dict `cache` and in a file of out_dir. Returns counts:
-    different responses (asked), groups that are trained without masks since they lack a score
-    (groups_failed) or a demonstration (without_demo)."""
+    All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
+    file of out_dir. Returns counts: different responses (asked), groups that are trained without
+    masks since they lack a score (groups_failed) or a demonstration (without_demo)."""
     shown = [g for g in groups if g.row.get("solution")]
     if judge == "rubric":
         scores = [map(partial(rubric_score, g.row), g.texts, g.reward, g.truncated) for g in shown]

@@ -3,26 +3,23 @@ analysis of [NTHR] (arXiv 2505.18830), sections 4 and 5.
 
     python lld.py config/lld_quickstart.py      SmolLM2-135M on arithmetic, 2 CPU cores: make lld
     torchrun --nproc_per_node=4 lld.py config/lld_qwen15b_math.py     four GPUs share the questions
-    python lld.py config/lld_quickstart.py --optimizer=sgd --learning_rate=1e-2 --out_dir=out/sgd
 
 For each question with right and wrong responses and each variant: theta takes ONE update on this
 question alone, with the trainer's loss and optimizer, and is put back. Delta(x) is the mean over
 correct responses of ln pi'(y|x) - ln pi(y|x) (eq. 2).
 
-Leaves in out_dir: groups.jsonl (the sampled token ids), questions.jsonl (a row a question),
-summary.json and summary.md, delta.png, tokens.html (Fig. 3), overlap.png (do NTHR, THR, entropy and
-likelihood pick the same tokens?). Stopped and started again, it goes on; other settings of the
-update keep the samples."""
+Leaves in out_dir: groups.jsonl (token ids), questions.jsonl (a row a question), summary.md and
+.json, delta.png, tokens.html (Fig. 3), overlap.png (do the methods pick the same tokens?). Stopped
+and started again, it goes on; other settings of the update keep the samples."""
 import copy
 import itertools
 import json
 from pathlib import Path
 
-# First, since it sets torch's threads.
-from rollout import accuracy, build_engine, sample_batch, sleep_engine
+from rollout import accuracy, build_engine, sample_batch, sleep_engine  # before torch
 
-# isort: split
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from tqdm import trange
@@ -31,9 +28,9 @@ import advantages
 import model_utils
 from advantages import VARIANTS, Old, as_many, gwhes, influence, nthr_select, threshold
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
-from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer
+from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
-from losses import policy_loss, token_weights
+from losses import policy_loss, set_weights
 from plot import save_figure, subplots
 from runs import write_json, write_jsonl, write_whole
 
@@ -63,7 +60,6 @@ loss_norm = "group"
 optimizer = "adamw"           # its first step, or "sgd"
 learning_rate = 1e-6
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
-compute_dtype = "float32"     # of matrix products; bfloat16 rounds small changes away
 # what no question's numbers depend on
 out_dir = "out/lld"
 gpu_memory_utilization = 0.4  # share of each GPU that vLLM takes (CUDA)
@@ -76,7 +72,7 @@ check(
     config,
     dict(variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
          split=("train", "test"), nthr_vocab=("response", "full"), system_prompt=(None, str),
-         advantage_norm=("std", "mean", "sign"), compute_dtype=("float32", "bfloat16"),
+         advantage_norm=("std", "mean", "sign"),
          loss_norm=("group", "response", "token", "constant"), nthr_eta=(*advantages.ETAS, float)),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
@@ -89,8 +85,8 @@ problems = load_problems(dataset, split, data_dir=data_dir)
 tokenizer, hf_config = load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot)
-room = hf_config.max_position_embeddings
-context = check_lengths(prompts, max_response_tokens, room, f"dataset {dataset}")
+context = check_lengths(prompts, max_response_tokens, hf_config.max_position_embeddings,
+                        f"dataset {dataset}")
 check_folder(out_dir)
 
 device = model_utils.setup_distributed()
@@ -122,8 +118,8 @@ if not groups:
 
 # ---- one update a question and variant -----------------------------------------------------------
 
-compute = getattr(torch, compute_dtype)
-policy = model_utils.load_policy(model, compute, device, activation_checkpointing).train()
+# in float32: bfloat16 rounds small changes away
+policy = model_utils.load_policy(model, torch.float32, device, activation_checkpointing).train()
 theta = copy.deepcopy(policy.state_dict())
 head = policy.model.get_output_embeddings().weight.detach()  # (V, d)
 of_variant = settings_for(advantages.token_advantages, config)
@@ -158,7 +154,7 @@ def measure(index):
     not_kept = [0.0 * r for r in responses]
     group = Group(row, np.array(row["prompt"]), responses, not_kept, row["texts"],
                   np.array(row["rewards"]), seed=hash((seed, index)))
-    [group.weight] = token_weights([group], loss_norm, max_response_tokens)
+    set_weights([group], loss_norm, max_response_tokens)
     [unit] = model_utils.pack_units([group], tokens_per_micro_batch, device)
     old = Old(*ask(unit.batches), head, temperature)
     right = group.reward == 1  # (G,)
@@ -186,26 +182,20 @@ def measure(index):
     others = [as_many(selected, x, lengths) for x in (old.entropy, -old.logp, chance)]
     sets = torch.stack([selected, by_thr, *others]).double()
     both, sizes = sets @ sets.T, sets.sum(1)
+    scores = torch.stack([s, s_mean, old.entropy, -old.logp], 1)[wrong]
+    correlation = pd.DataFrame(scores.numpy(force=True)).corr("spearman").fillna(1.0)
     return row | {
         "jaccard": (both / (sizes + sizes[:, None] - both)).tolist(),
-        "correlation": spearman(s[wrong], s_mean[wrong], old.entropy[wrong], -old.logp[wrong]),
+        "correlation": correlation.to_numpy().tolist(),
         "gwhes": gwhes(exact, negative, group).nanmean().item(),
         "tau": tau.item(),
         "selected": (selected.sum() / wrong.sum()).item(),
     }
 
 
-def spearman(*scores):
-    """Rank correlations of scores (n,): a list of lists, 1 for a single token."""
-    ranks = torch.stack(scores).argsort(stable=True).argsort(stable=True).double()
-    return torch.corrcoef(ranks).nan_to_num(1.0).tolist()
-
-
 for first in trange(len(done), len(groups), world_size, desc="lld", disable=not is_rank0()):
-    index = first + dist.get_rank()
-    rows = [None] * world_size
-    dist.all_gather_object(rows, measure(index) if index < len(groups) else None)
-    done += [row for row in rows if row]
+    some = range(first, min(first + world_size, len(groups)))  # a question for each rank
+    done += share_out(lambda share: map(measure, share), some)
     if is_rank0():
         write_jsonl(f"{out_dir}/questions.jsonl", [of_questions, *done])
 
@@ -228,7 +218,6 @@ def summarize():
         if worse == "grpo" or better == "nthr" and worse in controls:
             gain = columns[f"delta_{better}"] - columns[f"delta_{worse}"]
             figures[f"{better} > {worse}, share"] = gain > 0
-            figures[f"{better} > {worse}, share equal"] = gain == 0  # NTHR may select nothing
             figures[f"{better} > {worse}, mean difference"] = gain
     smallest = columns["delta_grpo"].argsort(stable=True)
     largest = (-columns["gwhes"]).argsort(stable=True)

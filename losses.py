@@ -1,8 +1,5 @@
 """The loss of a micro-batch: what each token weighs, ratios and clips, anchors, regularisers.
 
-    weights = token_weights(groups, ...)        once an update, from counts over all ranks
-    loss = policy_loss(logp, micro_batch, ...)  a sum over tokens: micro-batches and ranks add up
-
 [NTHR] is arXiv 2505.18830, [LLDS] 2512.04220, [DaGRPO] 2512.06337, [GSPO] 2507.18071, [CISPO]
 2506.13585, [LUFFY] 2504.14945, [DrGRPO] 2503.20783, [DAPO] 2503.14476, [TIS] Yao et al. 2025, "Your
 efficient RL framework secretly brings you off-policy RL training"."""
@@ -12,24 +9,20 @@ import torch
 LOSSES = ("clip", "gspo", "cispo")
 
 
-def token_weights(groups, loss_norm="group", max_response_tokens=None):
-    """The weight in the loss of the tokens of each response: a list of arrays (G,), one a group.
-    The loss is the weighted sum over all micro-batches and ranks; groups: all of an update, on all
-    ranks. loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "response": 1 /
-    (tokens of the response x responses of the group x groups), GRPO's first form and [GSPO].
-    "token": 1 / tokens of the update, [DAPO]. "constant": 1 / (responses of the group x
-    max_response_tokens x groups), [DrGRPO], [DaGRPO]."""
-    update = sum(sum(g.lengths) for g in groups)
-
-    def divisor(g):
+def set_weights(groups, loss_norm="group", max_response_tokens=1):
+    """Set weight (G,), of each response's tokens in the loss, and update_tokens of groups: all of
+    an update, on all ranks. The loss is the weighted sum over micro-batches and ranks.
+    loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "response": 1 / (tokens of
+    the response x responses of the group x groups), GRPO's first form and [GSPO]. "token": 1 /
+    tokens of the update, [DAPO]. "constant": 1 / (responses of the group x max_response_tokens x
+    groups), [DrGRPO], [DaGRPO]."""
+    for g in groups:
         tokens, size = np.array(g.lengths), len(g.responses)
-        if loss_norm == "token":
-            return update
-        if loss_norm == "constant":
-            return size * max_response_tokens * len(groups)
-        return (tokens * size if loss_norm == "response" else tokens.sum()) * len(groups)
-
-    return [1 / (divisor(g) * np.ones(len(g.responses))) for g in groups]
+        g.update_tokens = sum(sum(other.lengths) for other in groups)
+        divisor = {"group": tokens.sum() * len(groups), "response": tokens * size * len(groups),
+                   "token": g.update_tokens,
+                   "constant": size * max_response_tokens * len(groups)}[loss_norm]
+        g.weight = np.full(size, 1.0) / divisor
 
 
 def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, tis_cap=0.0,

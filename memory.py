@@ -5,12 +5,11 @@ from transformers import AutoModelForCausalLM
 from configurator import die, print0
 
 
-def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_bytes=2,
+def estimate_memory(config, ranks=1, parallel="ddp", compute_bytes=2,
                     reference=False, tokens=8192, activation_checkpointing=False, head_chunk=512):
-    """What training takes of one GPU, GiB by part, counted from a Hugging Face config.
-    reference: with a KL term; tokens: packed tokens of a micro-batch. "held" is what stays while
-    vLLM samples, "peak" what a micro-batch and its update take in all; the CUDA context and
-    fragmentation come on top."""
+    """What training takes of one GPU, GiB by part, counted from a Hugging Face config. reference:
+    with a KL term; tokens: packed tokens of a micro-batch. "held" is what stays while vLLM samples,
+    "peak" what a micro-batch and its update take; CUDA's context and fragments come on top."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     params = sum(p.numel() for p in model.parameters())
@@ -22,28 +21,28 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
     is_sharded = parallel == "fsdp"
     shards = ranks if is_sharded else 1
 
-    # bytes a token that one layer keeps for the backward pass: two norms (input and result), casts
-    # for q, k, v, gate and up, three forms of q and k, v and the gathered keys and values,
-    # attention's result, four of the MLP. Autocast keeps the residual stream's type
-    stream = compute_bytes if is_sharded else param_bytes
+    # bytes a token that one layer keeps: two norms (input and result), casts for q, k, v, gate and
+    # up, three forms of q and k, v and the gathered keys and values, attention's result, four of
+    # the MLP. Autocast keeps the residual stream's type
+    stream = compute_bytes if is_sharded else 4
     casts = 5 * d if compute_bytes != stream else 0
     products = casts + head_dim * (4 * heads + 6 * kv_heads) + 4 * config.intermediate_size
     layer = 4 * d * stream + products * compute_bytes
     kept = layers * d * stream + layer if activation_checkpointing else layers * layer
 
     out = {
-        "weights": params * param_bytes / shards,
-        "optimizer": 2 * params * param_bytes / shards,
+        "weights": 4 * params / shards,
+        "optimizer": 8 * params / shards,
         "reference": params * compute_bytes / shards if reference else 0,
-        "gradients": params * param_bytes / shards,
-        "copies": params * compute_bytes if compute_bytes != param_bytes else 0,
+        "gradients": 4 * params / shards,
+        "copies": params * compute_bytes if compute_bytes != 4 else 0,
         "activations": tokens * kept,
         "head": 2 * head_chunk * config.vocab_size * 4 + head * (4 + 3 * compute_bytes),
     }
     out["held"] = out["weights"] + out["optimizer"] + out["reference"]
     if is_sharded:  # whole, for a time: the root and two layers; in a checkpoint the embedding
-        out["copies"] = (root + 2 * (params - root) / layers) * (compute_bytes + param_bytes)
-        out["held"] += 2 * head * param_bytes
+        out["copies"] = (root + 2 * (params - root) / layers) * (compute_bytes + 4)
+        out["held"] += 8 * head
     elif ranks > 1:  # DDP's buckets stay
         out["held"] += out["gradients"]
     out["peak"] = sum(x for part, x in out.items() if part != "held")
@@ -51,15 +50,13 @@ def estimate_memory(config, ranks=1, parallel="ddp", param_bytes=4, compute_byte
 
 
 def vllm_share(device, memory):
-    """gpu_memory_utilization: the share of a GPU that training leaves for vLLM.
-    memory: of estimate_memory. Ends the program if that is too little."""
+    """The share of a GPU that training leaves for vLLM. memory: of estimate_memory."""
     card = torch.cuda.get_device_properties(device).total_memory / 2**30
     usable = card - 3  # GiB: CUDA context, vLLM's graphs, fragments
     left = usable - memory["held"]
-    print0(f"memory, GiB of {card:.0f}: trainer {memory['held']:.1f}, in an update "
-           f"{memory['peak']:.1f}; vLLM {left:.1f}")
+    parts = ", ".join(f"{part} {x:.1f}" for part, x in memory.items())
+    print0(f"memory, GiB of {card:.0f}: vLLM {left:.1f}, training: {parts}")
     if left < 1 or memory["peak"] > usable:
-        parts = ", ".join(f"{part} {x:.1f}" for part, x in memory.items())
-        die(f"tokens_per_micro_batch, parallel, activation_checkpointing: training does not fit "
+        die("tokens_per_micro_batch, parallel, activation_checkpointing: training does not fit "
             f"the GPU's {card:.0f} GiB beside vLLM: {parts}")
     return min(0.9, left / card)

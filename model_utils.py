@@ -133,8 +133,7 @@ def cut(group, tokens_per_micro_batch):
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     """This rank's share of an update's groups, which all ranks hold: a list of Unit, never empty.
     moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
-    many forward passes on all ranks, before the weights move and after: ranks with fewer run
-    fillers. All ranks call together."""
+    many forward passes on all ranks, before the weights move and after: the others are fillers."""
     share = deal(groups, dist.get_world_size())[dist.get_rank()]
     units = pack_units(share, tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
@@ -246,7 +245,6 @@ def tree_masks(batch):
     return masks
 
 
-@torch.compiler.disable  # its loop over spans would be compiled anew for every micro-batch
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None,
                      masks=None, **kwargs):
     """transformers' attention hook. query (1, H, T, D), key and value (1, H_kv, T, D).
@@ -293,8 +291,7 @@ def head_logits(h, w, dtype):
 
 class HeadLogprob(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target], entropy and logsumexp, in float32.
-    Logits exist for `chunk` rows at a time; the backward pass computes them again. Memory: chunk
-    x V, and V x d for W's gradient."""
+    Logits exist for `chunk` rows at a time; the backward pass computes them again."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, temperature, chunk):
@@ -347,8 +344,7 @@ class Policy(torch.nn.Module):
         All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old."""
         device = batch.input_ids.device.type
         low = self.compute_dtype == torch.bfloat16
-        has_varlen = device == "cuda" and low
-        masks = None if has_varlen else tree_masks(batch)
+        masks = None if low and device == "cuda" else tree_masks(batch)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=low):
             hidden = self.model.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False,
@@ -376,19 +372,14 @@ def check_model(path, config):
 
 
 def load_policy(path, compute_dtype, device, activation_checkpointing=False,
-                param_dtype=torch.float32, compile=False):
+                param_dtype=torch.float32):
     """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
-    One that is to be sharded is better loaded on the CPU, see parallelize. path may be a Hugging
-    Face config: random weights. compile: the layers by torch.compile, one by one; or the name of
-    its backend."""
+    path may be a Hugging Face config: random weights."""
     auto = AutoModelForCausalLM
     load = auto.from_config if isinstance(path, PretrainedConfig) else auto.from_pretrained
     model = load(path, dtype=param_dtype, attn_implementation="packed")
     if activation_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    if compile:
-        for layer in model.base_model.layers:
-            layer.compile(dynamic=True, backend="inductor" if compile is True else compile)
     return Policy(model.to(device), compute_dtype)
 
 
@@ -397,8 +388,7 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False,
 def parallelize(policy, parallel, device="cpu"):
     """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, sharded). Called like a Policy.
     Gradients come out averaged over ranks, so a loss that is a sum over ranks is to be multiplied
-    by the world size. fsdp moves a policy that is on the CPU to `device` layer by layer, so that
-    no GPU ever holds all of it."""
+    by the world size. fsdp moves a policy from the CPU layer by layer: no GPU ever holds it."""
     if parallel == "ddp":
         if dist.get_world_size() == 1:
             return policy

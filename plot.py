@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from configurator import die
@@ -37,21 +37,6 @@ def save_figure(fig, path):
     os.replace(f"{path}.tmp", path)
 
 
-def draw(panels, path):
-    """panels: {title: {label: [(step, value, low, high), ...]}}."""
-    fig, axes = subplots(len(panels))
-    labels = [*dict.fromkeys(label for lines in panels.values() for label in lines)]
-    for ax, (title, lines) in zip(axes.flat, panels.items()):
-        for label, points in lines.items():
-            steps, values, *interval = zip(*sorted(points))
-            color = f"C{labels.index(label)}"  # the same in all panels
-            ax.plot(steps, values, ".-", label=label, color=color)
-            ax.fill_between(steps, *interval, color=color, alpha=0.15)
-        ax.set(title=title, xlabel="step")
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
-    save_figure(fig, path)
-
-
 def read_runs(folders):
     """{name: [rows of metrics.jsonl of each seed]}; the name are the settings that differ."""
     configs, runs = [], []
@@ -70,26 +55,32 @@ def read_runs(folders):
     return seeds
 
 
-def plot_runs(folders, path):
-    """Draw the panels of which there are numbers, runs that differ in their seed as one curve."""
-    seeds = read_runs(folders)
-    panels = {}
+def plot_runs(seeds, path):
+    """Draw the panels of which there are numbers. seeds: {name: [rows of metrics of each seed]},
+    as of read_runs; a curve for each name, with a band from the lowest to the highest seed."""
+    several = sum(map(len, seeds.values())) > 1
+    frames = {name: pd.DataFrame(sum(runs, [])) for name, runs in seeds.items()}
+    panels = []  # (title, [(label, its seeds' step, mean, min and max)])
     for title, keys in (line.split(": ") for line in PANELS.splitlines()):
-        for key in keys.split()[:1 if len(folders) > 1 else None]:
-            for name, runs in seeds.items():
-                values = {}
-                for row in sum(runs, []):
-                    if row.get(key) is not None:
-                        values.setdefault(row["step"], []).append(row[key])
-                points = [(step, np.mean(x), min(x), max(x)) for step, x in values.items()]
-                label = f"{name}\n{len(runs)} seeds".strip() if len(folders) > 1 else key
-                if points:
-                    panels.setdefault(title, {})[label] = points
-    draw(panels, path)
+        keys = keys.split()[:1 if several else None]
+        lines = [(f"{name}\n{len(seeds[name])} seeds".strip() if several else key,
+                  frame.dropna(subset=key).groupby("step")[key].agg(["mean", "min", "max"]))
+                 for key in keys for name, frame in frames.items() if key in frame]
+        lines = [(label, points) for label, points in lines if len(points)]
+        panels += [(title, lines)] * bool(lines)
+    fig, axes = subplots(len(panels))
+    for ax, (title, lines) in zip(axes.flat, panels):
+        for label, points in lines:
+            [line] = ax.plot(points["mean"], ".-", label=label)
+            ax.fill_between(points.index, points["min"], points["max"], color=line.get_color(),
+                            alpha=0.15)
+        ax.set(title=title, xlabel="step")
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+    save_figure(fig, path)
 
 
 if __name__ == "__main__":
     folders = sys.argv[1:] or die("plot.py: which runs? python plot.py out/a out/b")
     above = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
-    plot_runs(folders, f"{above}/runs.png")
+    plot_runs(read_runs(folders), f"{above}/runs.png")
     print(f"wrote {above}/runs.png")

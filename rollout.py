@@ -13,6 +13,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 # Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this
 # rank's share of the cores; and none that spins for long, since torch and vLLM take turns.
@@ -32,7 +33,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from configurator import is_rank0
@@ -42,11 +43,9 @@ from model_utils import full
 
 
 def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tp=1):
-    """A vLLM engine in this process, one per rank, inside torchrun's process group.
-    model: Hugging Face folder or hub id. context: tokens of the longest prompt and response.
-    dtype: "auto" is bfloat16 on CUDA, float32 on a CPU. tp: neighbouring ranks that share an
-    engine (tensor parallel). All ranks call together, before the trainer takes its memory; it
-    reseeds torch's global generator."""
+    """A vLLM engine in this process, one per rank or `tp` neighbouring ranks (tensor parallel).
+    context: tokens of the longest prompt and response. dtype: "auto" is bfloat16 on CUDA, float32
+    on a CPU. All ranks call together, before the trainer takes its memory; it reseeds torch."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM  # here: an import of many seconds
 
@@ -117,12 +116,12 @@ def rollout_figures(groups, sampled, wasted):
 
 
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
-                       top_p=1.0, tp=1, seed=0, progress=False):
+                       tp=1, seed=0, progress=False):
     """n graded responses to every problem: a Group each, in their order, the same on all ranks."""
     groups, *_ = sample_batch(
         engine, tokenizer, problems, prompts, 0, seed=seed, prompts_per_step=len(problems),
         group_size=n, temperature=temperature, max_response_tokens=max_response_tokens,
-        top_p=top_p, oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False,
+        oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False,
         tp=tp, progress=progress)
     return groups
 
@@ -132,7 +131,7 @@ OPEN, DROPPED, ACCEPTED = 0, 1, 2
 
 
 def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompts_per_step,
-                 group_size, temperature, max_response_tokens, top_p=1.0, oversample=1.0,
+                 group_size, temperature, max_response_tokens, oversample=1.0,
                  max_rounds=8, dynamic_sampling=True, wanted=mixed, shuffle=True, tp=1,
                  anchors=0, anchor_mode="replace", anchor_hard_only=False, end=None,
                  progress=False):
@@ -140,16 +139,15 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
 
     Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
     ranks) counts. In work at once are `oversample` times the missing ones (inf: as many as fill
-    the engines); new ones are issued as others finish. Accepted are the first in the order of
-    issue, whichever finished first, so that short responses are not favoured: once enough are
-    accepted and nothing before them is open, the rest is aborted. The position stops behind the
-    last one accepted; prompts beyond it, sampled in vain, are met again. After max_rounds x
-    prompts_per_step prompts: what there is. Without dynamic_sampling every group is accepted.
-    A response depends on seed, its prompt's position and its own number. Temperature 0 is greedy.
+    the engines). Accepted are the first in the order of issue, whichever finished first, so that
+    short responses are not favoured; the rest is aborted, and its prompts, behind the new position,
+    are met again. After max_rounds x prompts_per_step prompts: what there is. Without
+    dynamic_sampling every group is accepted. A response depends on seed, its prompt's position and
+    its own number. Temperature 0 is greedy.
 
-    anchors: a demonstration joins every group whose problem has one (row["anchor"],
-    data.verify_demos) in place of a rollout or as one more (anchor_mode), or only groups without a
-    correct rollout (anchor_hard_only), before the group is accepted or not. end: data.end_token.
+    anchors: a demonstration joins every group whose problem has one (row["anchor"]) in place of a
+    rollout or as one more (anchor_mode), or only those without a correct rollout
+    (anchor_hard_only), before the group is accepted or not. end: data.end_token.
 
     All ranks call together and get the same: (accepted groups, all groups looked at, new position,
     tokens sampled in vain)."""
@@ -170,7 +168,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     # the rollout that a demonstration replaces in any case need not be sampled
     replaced = anchor_mode == "replace" and not anchor_hard_only
     sampling = partial(  # of each sampled token its log-probability, no text
-        SamplingParams, temperature=temperature, top_p=top_p, logprobs=0, flat_logprobs=True,
+        SamplingParams, temperature=temperature, logprobs=0, flat_logprobs=True,
         detokenize=False, max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def grade(outputs):
@@ -265,12 +263,8 @@ def sync_weights(engine, model):
 
 def load_weights(engine, folder):
     """Put the weights of another checkpoint of the same model, a folder, into the engine."""
-    def weights():
-        for file in sorted(f for f in os.listdir(folder) if f.endswith(".safetensors")):
-            with safe_open(os.path.join(folder, file), "pt") as f:
-                yield from ((name, f.get_tensor(name)) for name in f.keys())
-
-    push_weights(engine, weights())
+    files = sorted(Path(folder).glob("*.safetensors"))
+    push_weights(engine, (pair for file in files for pair in load_file(file).items()))
 
 
 def push_weights(engine, weights):

@@ -1,4 +1,6 @@
 """A run's folder: files written whole, the log, checkpoints and which of them are whole."""
+import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -10,9 +12,11 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import die, is_rank0, print0
@@ -23,7 +27,15 @@ def write_whole(path, text):
     """Write a text file whole or not at all."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
+    to_disk(f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
+
+
+def to_disk(path):
+    """Wait until a file or folder is where no power cut takes it."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
 
 
 def write_json(path, value):
@@ -36,28 +48,50 @@ def write_jsonl(path, rows):
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+@contextlib.contextmanager
+def or_say_so(out_dir, what, on_full_disk):
+    """Its body writes `what`. If that fails, a line says so and the run ends, exit code 1, or goes
+    on (on_full_disk)."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:  # the last two are of a checkpoint
+        free = shutil.disk_usage(out_dir).free / 2**30
+        print0(f"error: {what} is not written: {e}; {free:.2f} GiB are free in {out_dir}")
+        if on_full_disk == "stop":
+            raise SystemExit(1)
+
+
+def check_space(out_dir, model, on_full_disk):
+    """Is there room for a checkpoint, weights and two moments? See or_say_so. Rank 0 looks."""
+    need = 3 * sum(p.numel() * p.itemsize for p in model.parameters())
+    with or_say_so(out_dir, f"a checkpoint of {need / 2**30:.2f} GiB", on_full_disk):
+        if is_rank0() and shutil.disk_usage(out_dir).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def free_name(stem):
     """The first of stem1, stem2, ... that does not exist, to keep an earlier file."""
     return next(f"{stem}{i}" for i in itertools.count(1) if not os.path.exists(f"{stem}{i}"))
 
 
 def log(out_dir, row, samples=()):
-    """Append a step's row to metrics.jsonl, and rows to samples.jsonl. Rank 0."""
+    """Append a step's row to metrics.jsonl, and rows to samples.jsonl, whole or not. Rank 0.
+    JSON has no nan and no infinities: they become null."""
     for name, rows in (("metrics", [row]), ("samples", samples)):
-        with open(f"{out_dir}/{name}.jsonl", "a") as f:
-            f.writelines(json.dumps(finite(r)) + "\n" for r in rows)
-
-
-def finite(row):
-    """A row with None for nan and infinities, which JSON does not have."""
-    return {key: None if isinstance(x, float) and not math.isfinite(x) else x
-            for key, x in row.items()}
+        rows = [{key: None if isinstance(x, float) and not math.isfinite(x) else x
+                 for key, x in r.items()} for r in rows]
+        text = "".join(json.dumps(r) + "\n" for r in rows).encode()
+        with open(f"{out_dir}/{name}.jsonl", "ab", buffering=0) as f:
+            end = f.tell()
+            if f.write(text) < len(text):  # the disk is full
+                f.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
 
 
 def read_metrics(out_dir):
-    """Rows of a run's metrics.jsonl."""
-    with open(f"{out_dir}/metrics.jsonl") as f:
-        return [json.loads(line) for line in f]
+    """Rows of a run's metrics.jsonl, none before the first."""
+    path = Path(out_dir, "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 STEPS = "step_" + "[0-9]" * 6
@@ -119,12 +153,14 @@ def open_run(out_dir, config, start=None):
 
 def drop_later_rows(path, step):
     """Leave in a file of rows what a run that is resumed from `step` will not write again."""
-    with open(path) as f:
-        lines = [line for line in f if line.endswith("\n")]  # the last may have been cut off
-    rows = map(json.loads, lines)
-    write_whole(path, "".join(
-        line for line, row in zip(lines, rows)
-        if row["step"] < step or row["step"] == step and "eval/accuracy" not in row))
+    kept = []
+    with open(path, "rb") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # cut off, or damaged
+                row = json.loads(line)
+                if row["step"] < step or row["step"] == step and "eval/accuracy" not in row:
+                    kept.append(row)
+    write_jsonl(path, kept)
 
 
 # ---- checkpoints: step_000010/ is a Hugging Face folder, with the trainer's state beside it ------
@@ -134,7 +170,7 @@ def checkpoints(out_dir):
     return sorted(glob.glob(f"{glob.escape(str(out_dir))}/{STEPS}"), reverse=True)
 
 
-def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config, keep_ckpts):
+def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
     """Write out_dir/step_NNNNNN aside and rename it, then delete all but the newest. All call.
     state: JSON-able, "step" and the data's "position". model: the Hugging Face model."""
     def gather(x):  # on all ranks, kept by the first
@@ -148,15 +184,25 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config, keep_ck
         final = f"{out_dir}/step_{state['step']:06d}"
         tmp = f"{final}.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp, state_dict=weights)
-        tokenizer.save_pretrained(tmp)
-        torch.save(moments, f"{tmp}/optimizer.pt")
-        write_json(f"{tmp}/run_config.json", config)
-        files = {name: checksum(f"{tmp}/{name}") for name in os.listdir(tmp)}
-        write_json(f"{tmp}/trainer_state.json", dict(state, files=files))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(tmp, final)
-        prune(out_dir, final, keep_ckpts)
+        check_space(out_dir, model, config["on_full_disk"])
+        with or_say_so(out_dir, final, config["on_full_disk"]):
+            try:
+                if not all(w.isfinite().all() for w in weights.values()):
+                    raise RuntimeError("a weight is not finite")
+                model.save_pretrained(tmp, state_dict=weights)
+                tokenizer.save_pretrained(tmp)
+                torch.save(moments, f"{tmp}/optimizer.pt")
+                write_json(f"{tmp}/run_config.json", config)
+                files = {name: checksum(f"{tmp}/{name}") for name in os.listdir(tmp)}
+                write_json(f"{tmp}/trainer_state.json", dict(state, files=files))
+                for name in (*files, ""):  # the last is the folder
+                    to_disk(f"{tmp}/{name}")
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(tmp, final)
+            finally:
+                shutil.rmtree(tmp, ignore_errors=True)
+            to_disk(out_dir)
+            prune(out_dir, final, config["keep_ckpts"])
     dist.barrier()
 
 

@@ -4,15 +4,14 @@
     torchrun --nproc_per_node=4 train.py config/nthr_math.py    four GPUs (or, small, CPU processes)
     python train.py config/quickstart.py --resume               from the newest whole checkpoint
 
-A step: sample groups of responses through vLLM and grade them, keep the groups with both outcomes,
-take one or more updates on them, push the weights to vLLM. Settings are the globals below; config
-files and flags override them (configurator.py)."""
+Settings are the globals below; config files and flags override them (configurator.py)."""
 import math
 import resource
+import time
 
-import rollout  # first: it sets the threads that torch starts with
+import rollout  # before torch, whose threads it sets
+from rollout import mixed
 
-# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,12 +23,11 @@ import model_utils
 import runs
 from advantages import Old, response_advantages, token_advantages
 from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
-from figures import Clock, Figures, step_line
+from figures import Figures, find_alarms, step_line
 from judge import judge_all_ranks, open_judge, read_cache
 from losses import policy_loss
 from memory import estimate_memory, vllm_share
-from plot import plot_runs
-from rollout import mixed
+from plot import plot_runs, read_runs
 
 # model and data
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -63,7 +61,7 @@ thr_p = 0.0                   # of thr: 0.1 exploits, -0.1 explores
 entropy_share = 0.2           # of entropy_top: tokens of a group that keep their advantage
 advantage_norm = "std"        # (r - mean) / std, "mean": r - mean (Dr.GRPO), "sign": 1 or -1 (NSR)
 loss = "clip"                 # one of losses.LOSSES, see losses.policy_loss
-loss_norm = "group"           # "group" (eq. 1), "response", "token", "constant": token_weights
+loss_norm = "group"           # "group" (eq. 1), "response", "token", "constant": set_weights
 llds = 0.0                    # times LLDS's penalty on likelihood lost; needs several updates
 pos_weight = 1.0              # times the advantages of correct responses
 neg_weight = 1.0              # times those of incorrect ones
@@ -91,15 +89,14 @@ weight_decay = 0.0
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 max_bad_steps = 3             # in a row, without a finite gradient, before the run ends
 parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
-param_dtype = "float32"       # of parameters and moments; bfloat16 loses steps under w / 512
 compute_dtype = "auto"        # of matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
 activation_checkpointing = False  # compute activations again in the backward pass
-compile = False               # torch.compile the layers; on a CPU vLLM turns compilers off
 # watching and saving
 eval_every = 10               # steps; greedy accuracy, from step 0 on; 0: after the last one only
 ckpt_every = 0                # steps; 0: before every evaluation. There is always one at the end
 keep_ckpts = 2                # newest checkpoints kept
 samples_per_step = 4          # groups a step written to samples.jsonl
+on_full_disk = "stop"         # or "go on" without what cannot be written
 
 config = configure(globals())
 
@@ -113,7 +110,7 @@ check(
          nthr_vocab=("response", "full"), advantage_norm=("std", "mean", "sign"),
          loss=losses.LOSSES, loss_norm=("group", "response", "token", "constant"), anchors=(0, 1),
          anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
-         compute_dtype=DTYPES, rollout_dtype=DTYPES, param_dtype=DTYPES[1:],
+         compute_dtype=DTYPES, rollout_dtype=DTYPES, on_full_disk=("stop", "go on"),
          max_num_seqs=(None, int), gpu_memory_utilization=(None, float),
          eval_dataset=TEXTS, system_prompt=TEXTS, demos=TEXTS, judge_model=TEXTS),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
@@ -130,6 +127,8 @@ if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
 if judge != "rubric" and not judge.startswith(("http://", "https://")):
     die(f"judge: {judge!r} is neither rubric nor an address, http://host:port/v1")
+if {"@", "?"} & {*judge}:
+    die("judge: an address is printed and saved: leave a key to JUDGE_API_KEY")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide {prompts_per_step=}")
 start = runs.newest_checkpoint(out_dir) if resume else None
@@ -181,11 +180,10 @@ dist.barrier()
 
 compute = getattr(torch, compute_dtype if compute_dtype != "auto" else
                   "bfloat16" if on_cuda else "float32")
-storage = getattr(torch, param_dtype)
 if on_cuda and gpu_memory_utilization is None:
     gpu_memory_utilization = vllm_share(device, estimate_memory(
-        hf_config, world_size, parallel, storage.itemsize, compute.itemsize, kl_coef > 0,
-        tokens_per_micro_batch, activation_checkpointing))
+        hf_config, world_size, parallel, compute.itemsize, kl_coef > 0, tokens_per_micro_batch,
+        activation_checkpointing))
 load_from = start[0] if start else model
 engine = rollout.build_engine(load_from, context, seed, rollout_dtype, gpu_memory_utilization,
                               max_num_seqs, tp)
@@ -193,8 +191,7 @@ vllm_bytes = torch.cuda.memory_allocated() if on_cuda else 0
 if compute == torch.bfloat16:
     torch.set_float32_matmul_precision("high")  # TF32 for NTHR's scores
 home = "cpu" if parallel == "fsdp" else device
-policy = model_utils.load_policy(load_from, compute, home, activation_checkpointing, storage,
-                                 compile)
+policy = model_utils.load_policy(load_from, compute, home, activation_checkpointing)
 net = model_utils.parallelize(policy, parallel, device).train()
 optimizer = model_utils.make_optimizer(policy, learning_rate, weight_decay)
 if start:
@@ -204,9 +201,9 @@ ref = None
 if kl_coef:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
     ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref
+runs.check_space(out_dir, policy.model, on_full_disk)
 scores_known = read_cache(out_dir)  # of the judge, before this run was resumed
 
-# the settings that these functions take, by name
 of_sampling = settings_for(rollout.sample_batch, config)
 of_response = settings_for(response_advantages, config)
 of_variant = settings_for(token_advantages, config)
@@ -219,8 +216,8 @@ def has_signal(group):
 
 
 def ask_old_policy(unit, outs, head, figures):
-    """Set old_logp and advantage (n,) of a unit's micro-batches.
-    outs: what the policy that sampled says of each, see Policy.forward; head (V, d): its own."""
+    """Set old_logp and advantage (n,) of a unit's micro-batches. outs: what the policy that sampled
+    says of each, see Policy.forward; head (V, d): its own."""
     of_unit = [torch.cat(x).detach() for x in zip(*outs)]  # logp, entropy, h, lse
     counts = [sum(group.lengths) for group in unit.groups]
     logp, advantage = of_unit[0], [of_unit[0].new_zeros(0)]
@@ -234,51 +231,56 @@ def ask_old_policy(unit, outs, head, figures):
 
 def set_learning_rate(step):
     """Linear warm-up, then constant, or linear decay to 0."""
-    lr = learning_rate * min(1.0, step / (warmup_steps + 1))
-    if decay_steps:
-        lr *= max(0.0, 1 - (step - 1) / decay_steps)
+    rest = max(0.0, 1 - (step - 1) / decay_steps) if decay_steps else 1.0
+    lr = learning_rate * rest * min(1.0, step / (warmup_steps + 1))
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
     return lr
 
 
 def speed_figures(row):
-    """Speed and memory of the step whose figures are in `row`; "packed" are tokens of all ranks."""
-    packed = row.pop("packed", 0)
+    """Speed, in tokens of all ranks, and memory of the step whose figures are in `row`."""
     tokens = sum(row[f"rollout/{key}"] for key in
                  ("response_tokens", "tokens_dropped", "tokens_wasted"))
-    out = {"perf/rollout_tok_s": tokens / row["time/rollout"],
-           "perf/train_tok_s": packed / row["time/update"]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if on_cuda:  # the trainer's, without what vLLM has while it sleeps
         peak = torch.cuda.max_memory_allocated() - vllm_bytes
-    return out | {"perf/peak_memory_gib": peak / 2**30}
+    return {"perf/rollout_tok_s": tokens / row["time/rollout"],
+            "perf/train_tok_s": row["train/packed_tokens"] / row["time/update"],
+            "perf/peak_memory_gib": peak / 2**30}
 
 
-def sample_rows(step, groups):
-    """Rows of samples.jsonl: the first groups, with what each response came to."""
-    return [dict(
-        step=step, problem=g.row["problem"], answer=g.row["answer"],
+def write_row(row, groups):
+    """Write and print a step's figures, and what the responses of its first groups came to."""
+    row |= speed_figures(row)
+    alarms = find_alarms(row, runs.read_metrics(out_dir))
+    samples = [dict(
+        step=row["step"], problem=g.row["problem"], answer=g.row["answer"],
         prompt=tokenizer.decode(g.prompt), responses=g.texts, reward=g.reward.tolist(),
         advantage=response_advantages(g, **of_response).tolist(),
         truncated=g.truncated.tolist(), is_anchor=g.is_anchor.tolist(),
         score=np.where(np.isnan(g.score), None, g.score).tolist(),
     ) for g in groups[:samples_per_step]]
+    with runs.or_say_so(out_dir, f"step {row['step']}", on_full_disk):
+        runs.log(out_dir, row, samples)
+        if row["train/bad_steps"]:
+            torch.save(groups, f"{out_dir}/bad_step_{row['step']}.pt")
+    print0("\n".join([step_line(row, max_steps), *alarms]))
 
 
 def evaluate(step):
     """Greedy accuracy on the evaluation problems, logged and printed."""
-    clock = Clock()
+    began = time.time()
     groups = rollout.generate_all_ranks(
         engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0,
         max_response_tokens=max_response_tokens, tp=tp)
-    clock.lap("eval")
     row = {"step": step, "eval/accuracy": rollout.accuracy(groups), "eval/problems": len(groups),
            "eval/mean_length": float(np.mean([n for g in groups for n in g.lengths])),
            "eval/truncated": float(np.mean([g.truncated for g in groups])),
-           "time/eval": clock.seconds["time/eval"]}
+           "time/eval": time.time() - began}
     if is_rank0():
-        runs.log(out_dir, row)
+        with runs.or_say_so(out_dir, f"the evaluation of step {step}", on_full_disk):
+            runs.log(out_dir, row)
         print0(f"step {step}: greedy accuracy {row['eval/accuracy']:.1%} on {len(groups)} "
                "held-out problems")
 
@@ -296,23 +298,24 @@ while True:
     due = step == max_steps or bool(eval_every) and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
     if save and step not in (0, saved):
-        state = dict(step=step, position=position)
-        runs.save_checkpoint(out_dir, state, policy.model, tokenizer, optimizer, config, keep_ckpts)
+        runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
+                             tokenizer, optimizer, config)
         saved = step
     if stop:
-        print0(f"stopped by signal {stop}; --resume goes on from step {step}")
+        print0(f"stopped by signal {stop} after step {step}"
+               + "; --resume goes on from it" * bool(saved))
         raise SystemExit(128 + int(stop))
     if due and test_problems:
         evaluate(step)
     if step >= max_steps:
         break
     step += 1
-    clock, figures = Clock(), Figures(device)
+    figures = Figures(device)
 
     # ---- rollout: every rank samples a share, then holds every group
     groups, sampled, position, wasted = rollout.sample_batch(
         engine, tokenizer, problems, prompts, position, wanted=has_signal, end=end, **of_sampling)
-    clock.lap("rollout")
+    figures.lap("rollout")
 
     # ---- judge, while the engine is awake; groups without both outcomes need no scores
     if judged:
@@ -323,17 +326,14 @@ while True:
     rollout.sleep_engine(engine)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    clock.lap("judge")
+    figures.lap("judge")
 
     # ---- pack: an update is a list of units of micro-batches, this rank's share of a mini-batch.
     # Idle groups count in the weights, but without a regulariser they have no gradient
     updates = []
     for first in range(0, len(groups), prompts_per_update):
         mini_batch = groups[first:first + prompts_per_update]
-        weights = losses.token_weights(mini_batch, loss_norm, max_response_tokens)
-        tokens = sum(sum(g.lengths) for g in mini_batch)
-        for group, weight in zip(mini_batch, weights):
-            group.weight, group.update_tokens = weight, tokens
+        losses.set_weights(mini_batch, loss_norm, max_response_tokens)
         live = [g for g in mini_batch if kl_coef or llds or has_signal(g)]
         updates.append(model_utils.pack_update(live, tokens_per_micro_batch, bool(updates), device))
 
@@ -349,7 +349,7 @@ while True:
         # FSDP wants the passes of the two models in the same order on all ranks: these are last
         for batch in [batch for unit in units for batch in unit.batches if ref is not None]:
             batch.ref_logp, *_ = ref(batch, temperature)
-    clock.lap("old_policy")
+    figures.lap("old_policy")
 
     # ---- update
     lr = set_learning_rate(step)
@@ -358,47 +358,43 @@ while True:
             for batch in unit.batches:
                 # DDP averages gradients in the last micro-batch; FSDP adds shards up as it goes
                 net.require_backward_grad_sync = batch is update[-1].batches[-1]
-                out = net(batch, temperature)
+                logp, entropy, *_ = out = net(batch, temperature)
                 if not unit.early:
                     ask_old_policy(unit, [out], head, figures)
-                logp, entropy, *_ = out
                 batch_loss = policy_loss(logp, batch, figures=figures, **of_loss)
                 (batch_loss * world_size).backward()  # gradients are averaged; the loss is a sum
                 figures.sum("train/loss", batch_loss / len(updates))
                 figures.mean("train/entropy", entropy, where=~batch.is_anchor)
                 figures.sum("train/tokens", ~batch.is_anchor)
-                figures.sum("packed", batch.input_ids.numel())
+                figures.sum("train/packed_tokens", batch.input_ids.numel())
                 if update is not updates[0]:  # what the updates before did to right responses
                     moved = losses.per_response(logp.detach() - batch.old_logp, batch)
                     figures.mean("displacement/mean", moved, where=batch.correct)
                     figures.mean("displacement/fell", moved < 0, where=batch.correct)
         norm = model_utils.optimizer_step(net, optimizer, grad_clip)
         figures.mean("train/grad_norm", norm)
-        figures.max("train/bad_step", ~norm.isfinite())  # the update was not taken
+        figures.max("train/bad_steps", ~norm.isfinite())  # the update was not taken
     # vLLM wants the room
     updates = update = units = unit = batch = out = logp = entropy = batch_loss = head = None
-    clock.lap("update")
+    figures.lap("update")
 
     # ---- sync
     rollout.sync_weights(engine, policy.model)
-    clock.lap("sync")
+    figures.lap("sync")
 
     # ---- one row of figures, over all ranks
     row = {"step": step, "train/lr": lr, **rollout.rollout_figures(groups, sampled, wasted),
-           **figures.all_ranks(), **clock.seconds}
-    row |= speed_figures(row)
+           **figures.all_ranks()}
     if is_rank0():
-        runs.log(out_dir, row, sample_rows(step, groups))
-        print0(step_line(row, max_steps))
-        if row.get("train/bad_step"):
-            torch.save(groups, f"{out_dir}/bad_step_{step}.pt")
-    bad_steps = bad_steps + 1 if row.get("train/bad_step") else 0
+        write_row(row, groups)
+    bad_steps = bad_steps + 1 if row["train/bad_steps"] else 0
     if bad_steps == max_bad_steps:
         print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; the newest "
                f"checkpoint is that of step {saved}, the groups are in {out_dir}/bad_step_*.pt")
         raise SystemExit(1)
 
 if is_rank0():
-    plot_runs([out_dir], f"{out_dir}/curves.png")
+    with runs.or_say_so(out_dir, "curves.png", on_full_disk):
+        plot_runs(read_runs([out_dir]), f"{out_dir}/curves.png")
     print0(f"wrote {out_dir}/: metrics.jsonl, samples.jsonl, curves.png, step_{step:06d}/")
 engine = None  # last: its shutdown ends the process group

@@ -35,7 +35,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout  # before torch, whose threads it sets
 
-# isort: split
 import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2Model
@@ -301,8 +300,10 @@ def trainer():
 
 def train_micro_batch(budget, checkpointing, compiled, ceiling):
     """A row of the trainer's table. ceiling: FLOPs a second of the card's own products."""
-    policy = model_utils.load_policy(shape(), dtype, device, checkpointing, compile=compiled)
-    optimizer = model_utils.make_optimizer(policy, 1e-6, (0.9, 0.999), 0.0)
+    policy = model_utils.load_policy(shape(), dtype, device, checkpointing)
+    for layer in policy.model.base_model.layers if compiled else ():
+        layer.compile(dynamic=True)
+    optimizer = model_utils.make_optimizer(policy, 1e-6, 0.0)
     batch = model_utils.pack_units(filled(budget), 10**9, device)[0].batches[0]
     weight = policy.model.get_output_embeddings().weight
     h = torch.randn(len(batch.targets), width, device=device, dtype=dtype, requires_grad=True)

@@ -82,12 +82,11 @@ def fits(settings, ranks, model, params):
 
     None: an update does not fit, or not one group at its longest.
     """
-    param_bytes = dict(float32=4, bfloat16=2)[settings["param_dtype"]]
     memory = estimate_memory(
-        model, ranks, settings["parallel"], param_bytes, 2, settings["kl_coef"] > 0,
+        model, ranks, settings["parallel"], 2, settings["kl_coef"] > 0,
         settings["tokens_per_micro_batch"], settings["activation_checkpointing"])
     shards = ranks if settings["parallel"] == "fsdp" else 1
-    assert round(memory["weights"] * 2**30 / param_bytes * shards) == params
+    assert round(memory["weights"] * 2**30 / 4 * shards) == params
     kv_width = model.num_key_value_heads * model.hidden_size // model.num_attention_heads
     token = 2 * 2 * model.num_hidden_layers * kv_width  # bytes of keys and values
     longest = settings["max_response_tokens"] + 512

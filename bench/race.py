@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rollout  # noqa: F401  before torch, whose threads it sets
 
-# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ from data import (
     load_problems,
     load_tokenizer,
 )
-from eval import bootstrap, table, with_interval
+from eval import bootstrap, interval, table
 from model_utils import load_policy
 from runs import read_metrics, write_json, write_jsonl, write_whole
 
@@ -289,11 +288,11 @@ def race(spec, room):
     scores = [["greedy accuracy (95%)", "steps", "their seconds", f"{held_out} held out",
                f"{fresh} fresh", "all, less TRL's"]]
     for name, results in found.items():
-        cells = [with_interval(*r["figures"]["accuracy"]) for r in results]
+        cells = [interval(*r["figures"]["accuracy"]) for r in results]
         gain = right[name] - right["TRL"]  # paired
         spent = seconds.get(name, [])
         scores.append([name, str(len(spent)), f"{sum(spent):.0f}", *cells,
-                       with_interval(*bootstrap([gain]))])
+                       interval(*bootstrap([gain]))])
     result = dict(machine=machine(), TRL=theirs, this=ours, seconds=seconds, accuracy=found)
     return result, f"{result['machine']}\n\n{table(rows)}\n{table(scores)}\n"
 

@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rollout  # before torch, whose threads it sets
 
-# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -6,7 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rollout  # before torch, whose threads it sets
 
-# isort: split
 import torch.distributed as dist
 
 from configurator import print0

@@ -14,7 +14,7 @@ from model_utils import setup_distributed
 from runs import write_jsonl
 
 evaluation = importlib.import_module("eval")
-GIVEN = {"top_p": 1.0, "seed": 0, "temperature": 0.0}
+GIVEN = {"seed": 0, "temperature": 0.0}
 
 
 def test_statistics():

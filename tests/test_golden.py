@@ -20,12 +20,15 @@ ONE_RANK = ["pos_only_token", "nthr_full_eta_kl", "grpo_tis_clip", "anchors_logp
 
 def compare(found, wanted, later=2e-5, first=1e-5, of_loss=0):
     """Updates against others. first, later: tolerance of gradients, later once weights moved;
-    of_loss: an absolute one, for losses that nearly cancel out."""
+    of_loss: an absolute one, for losses that nearly cancel out. On the kind of CPU that made the
+    numbers (AVX-512) 1e-5 and 1e-8 of the norm are met; one that adds up in another order (AVX2)
+    is up to 2e-5 and 2e-8 away."""
     assert len(found) == len(wanted)
     for number, (got, want) in enumerate(zip(found, wanted)):
         tolerance = np.abs(want["grads"]).max() * (later if number else first)
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5, abs=of_loss)
-        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        tolerance = max(tolerance, 5e-8 * want["grad_norm"])
+        assert got["loss"] == pytest.approx(want["loss"], rel=4e-5, abs=of_loss)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=4e-5)
         assert got["grads"] == pytest.approx(want["grads"], rel=0, abs=tolerance)
 
 
@@ -71,7 +74,7 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, small, monkeypa
 
     (out, with_bad), (_, without) = after(1.0, math.nan, 1.0), after(1.0, 1.0)
     assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
-    assert [row.get("train/bad_step") for row in read_metrics(out)] == [0, 1, 0, None]
+    assert [row.get("train/bad_steps") for row in read_metrics(out)] == [0, 1, 0, None]
     kept = torch.load(out / "bad_step_2.pt", weights_only=False)
     assert [g.row for g in kept] == [g.row for g in GROUPS]
     with pytest.raises(SystemExit, match="1"):

@@ -11,7 +11,7 @@ from test_runs import over_ranks
 
 import advantages
 from figures import Figures
-from losses import kl_k3, policy_loss, token_weights
+from losses import kl_k3, policy_loss, set_weights
 
 
 def test_weights_are_eq_1_and_the_other_normalisations():
@@ -24,13 +24,16 @@ def test_weights_are_eq_1_and_the_other_normalisations():
     def loss(lengths, norm="std", loss_norm="group"):
         groups = [make_group([1], [range(n) for n in of_group], [1, 0]) for of_group in lengths]
         sums = [advantages.group_advantages(g.reward, norm) * g.lengths for g in groups]
-        return pytest.approx(-np.vdot(token_weights(groups, loss_norm, 5), sums))
+        set_weights(groups, loss_norm, 5)
+        return pytest.approx(-np.vdot([g.weight for g in groups], sums))
 
     assert loss([[1, 3], [2, 2]]) == 1 / 4 == loss([[1, 3], [2, 2]], "std", "token")
     assert loss([[1, 3], [2, 2]], "mean", "constant") == 1 / 20
     assert loss([[1, 3], [2, 2]], "std", "response") == 0
     groups = [make_group([1], [range(n) for n in lengths]) for lengths in ([1, 3], [2, 5])]
-    weights = np.concatenate(token_weights(groups, "response"))
+    set_weights(groups, "response")
+    assert [g.update_tokens for g in groups] == [11, 11]
+    weights = np.concatenate([g.weight for g in groups])
     assert weights == pytest.approx([1 / 4, 1 / 12, 1 / 8, 1 / 20])  # 1 / (tokens x 2 x 2)
     # groups of different lengths tell eq. 1 from DAPO
     assert loss([[1, 3], [1, 1]]) == 1 / 4 and loss([[1, 3], [1, 1]], "std", "token") == 1 / 3

@@ -193,12 +193,10 @@ def test_all_ranks_run_as_many_passes(count, cut, moved, monkeypatch):
     assert max(load) - min(load) <= 46  # the largest group
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compile_and_checkpointing_give_the_same_gradient(checkpointing, short, model_dir):
-    other = load_policy(model_dir, torch.float32, "cpu", checkpointing, compile="aot_eager")
+def test_checkpointing_gives_the_same_gradient(short, model_dir):
+    other = load_policy(model_dir, torch.float32, "cpu", activation_checkpointing=True)
     batches = batches_of(random_groups(49152, SIZES), 40)  # of several sizes
-    with torch._dynamo.config.patch(disable=False):  # an engine in this process turns it off
-        got, want = gradient(first_layers(other).train(), batches), gradient(short, batches)
+    got, want = gradient(first_layers(other).train(), batches), gradient(short, batches)
     assert (got - want).norm() < 1e-4 * want.norm()
 
 

@@ -2,13 +2,14 @@
 import copy
 import gc
 
+import rollout
+
 import numpy as np
 import pytest
 import torch
 from sampling import HOW, ROWS, content, sample
 
 import data
-import rollout
 from model_utils import load_policy, pack_units, setup_distributed
 
 

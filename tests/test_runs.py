@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_model_utils import make_group
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 import memory
 import plot
 import runs
-from figures import Figures
+from figures import Figures, find_alarms
 from model_utils import Policy, pack
 from plot import plot_runs
 
@@ -41,6 +42,30 @@ def test_figures_over_ranks(monkeypatch):
     ranks[3].max("max", torch.zeros(0))  # a rank with nothing but fillers
     assert over_ranks(monkeypatch, *ranks) == pytest.approx(
         {"mean": 3.0, "nothing": math.nan, "sum": -13.5, "max": -3.0}, nan_ok=True)
+
+
+def test_alarms():
+    usual = {"time/step": 1.0, "rollout/groups_kept": 4, "reward/mean": 0.5, "reward/accuracy": 0.4,
+             "train/grad_norm": 1.0, "rollout/mean_length": 30.0, "train/entropy": 0.3,
+             "train/loss": 0.1, "gap/mean": 1e-4}
+    rows = [{"step": 0, "eval/accuracy": 0.4}]
+
+    def step(key="time/step", value=1.0):
+        row = usual | {key: value}
+        said = find_alarms(row, rows)
+        rows.append(row)
+        return [line.split(": ")[0] for line in said], [k for k in row if k.startswith("alarm/")]
+
+    swings = [0.1, -0.1] * 5
+    assert [step("train/loss", x) for x in swings] == [([], [])] * 10
+    for name, key, value in (("gradient", "train/grad_norm", 11.0), ("gap", "gap/mean", 0.05),
+                             ("length", "rollout/mean_length", 9.0),
+                             ("entropy", "train/entropy", 0.005)):
+        assert step(key, value) == ([f"alarm/{name}"], [f"alarm/{name}"])
+        assert step(key, value) == ([], [f"alarm/{name}"])  # once is enough
+    idle = [("rollout/groups_kept", 0), ("reward/mean", 1.0), ("rollout/groups_kept", 0)]
+    assert [step(*x)[0] for x in idle] == [[], [], ["alarm/no_signal"]]
+    assert ["alarm/flat"] in [step("train/loss", 4 * x)[0] for x in swings]
 
 
 def fake_checkpoint(out_dir, step):
@@ -84,7 +109,7 @@ def test_open_run_loses_nothing(tmp_path):
     runs.open_run(str(out), dict(keep_ckpts=1, lr=2), (str(path), dict(step=2)))
     assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
     assert [r.get("x", 7) for r in runs.read_metrics(out)] == [7, None, None]  # JSON has no nan
-    plot_runs([str(out)], f"{out}/curves.png")
+    plot_runs(plot.read_runs([str(out)]), f"{out}/curves.png")
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "old_1" / "metrics.jsonl").read_text() == before
     assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
@@ -101,6 +126,44 @@ def test_open_run_loses_nothing(tmp_path):
     assert len(os.listdir(out / "old_2")) == 5  # two logs, curves, config, checkpoint
 
 
+def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
+        tmp_path, model_dir, monkeypatch, capsys):
+    half = ("import resource, runs, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+            "[runs.log(sys.argv[1], {'step': i, 'x': 'y' * i}) for i in (1, 99)]")
+    done = subprocess.run([sys.executable, "-c", half, tmp_path], capture_output=True, text=True)
+    assert "No space left" in done.stderr
+    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(
+        hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1,
+        num_key_value_heads=2, vocab_size=9))
+    weight = model.model.norm.weight
+
+    def save(step, on_full_disk="stop"):
+        config = dict(keep_ckpts=3, on_full_disk=on_full_disk)
+        runs.save_checkpoint(tmp_path, dict(step=step, position=0), model, tokenizer,
+                             torch.optim.AdamW(model.parameters()), config)
+        return capsys.readouterr().out
+
+    save(1)
+    full = Path("/dev/full")
+    for module, name, fault in (
+            (torch, "save", lambda *_: full.write_text("x")),
+            (runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=5)),
+            (runs, "to_disk", lambda _: weight.data.fill_(math.nan))):  # of the next one
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+            patch.setattr(module, name, fault)
+            [save(step) for step in (5, 6)]
+        said = capsys.readouterr().out
+        assert "not written" in said and "GiB are free" in said
+        assert not list(tmp_path.glob("*.tmp"))
+    assert "step_000007 is not written: a weight is not finite" in save(7, "go on")
+    weight.data.fill_(1)
+    save(8, "go on")
+    assert [p[-1] for p in runs.checkpoints(tmp_path)] == ["8", "5", "1"]
+
+
 def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatch, refused):
     for name, config, values in (("a", dict(variant="grpo", seed=0), (1, 2)),
                                  ("b", dict(variant="grpo", seed=1), (3, 8)),
@@ -109,14 +172,18 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
         runs.open_run(out, config | dict(out_dir=out))
         for step, x in enumerate(values):
             runs.log(out, {"step": step, "train/entropy": x, "time/step": 3})
-    drawn = []
-    monkeypatch.setattr(plot, "draw", lambda *args: drawn.append(args))
-    plot_runs([str(tmp_path / x) for x in "abc"], "runs.png")
-    assert drawn == [({"entropy, nats a token": {
-        "variant=grpo\n2 seeds": [(0, 2, 1, 3), (1, 5, 2, 8)],
-        "variant=nthr\n1 seeds": [(0, 5, 5, 5)]},
-        "seconds": {"variant=grpo\n2 seeds": [(0, 3, 3, 3), (1, 3, 3, 3)],
-                    "variant=nthr\n1 seeds": [(0, 3, 3, 3), (1, 3, 3, 3)]}}, "runs.png")]
+    figures = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: figures.append(figure))
+    plot_runs(plot.read_runs([str(tmp_path / x) for x in "abc"]), "runs.png")
+    drawn = {ax.get_title(): {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+             for ax in figures[0].axes}
+    assert drawn == {
+        "entropy, nats a token": {"variant=grpo\n2 seeds": [[0, 2], [1, 5]],
+                                  "variant=nthr\n1 seeds": [[0, 5]]},
+        "seconds": dict.fromkeys(("variant=grpo\n2 seeds", "variant=nthr\n1 seeds"),
+                                 [[0, 3], [1, 3]])}
+    band = figures[0].axes[0].collections[0].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == (1, 8)
     assert "nowhere: not a run" in refused("plot.py", str(tmp_path / "nowhere"))
     assert "which runs?" in refused("plot.py")
 

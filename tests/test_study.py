@@ -1,4 +1,6 @@
-"""bench/study.py: its intervals."""
+"""bench/study.py: its intervals, and the whole of it at a tiny size."""
+import json
+
 import numpy as np
 import pytest
 import study
@@ -14,3 +16,29 @@ def test_the_difference_is_paired_and_its_interval_is_over_seeds_and_problems():
     assert error == pytest.approx((high - low) / 3.92, rel=0.1)
     of_seeds = np.array([[0.0], [1.0]] * 3).repeat(400, 1)  # all the variance is between seeds
     assert study.difference(of_seeds, 0 * of_seeds)[1] == pytest.approx(0.5 / 6**0.5, rel=0.05)
+
+
+def test_two_methods_and_two_seeds_stopped_and_taken_up_again(run, tmp_path):
+    """A call makes what is missing; its lines give the tables; a run again is the same run."""
+    extra = ("--max_steps=1 --prompts_per_step=4 --prompts_per_update=4 --eval_every=0 "
+             "--learning_rate=1e-4")
+    args = ("bench/study.py", "--grounds=pairs", "--problems=12", "--sampled_problems=6",
+            f"--out_dir={tmp_path}/out", f"--results={tmp_path}", f"--extra={extra}")
+    lines = tmp_path / "pairs.jsonl"
+    run(*args, "--methods=grpo,nthr", "--seeds=0")
+    first = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(row["method"], row["seed"]) for row in first] == [
+        ("before", 0), ("grpo", 0), ("nthr", 0)]
+    lines.write_text("".join(f"{json.dumps(row)}\n" for row in first[:2]))  # nthr is lost
+    printed = run(*args, "--methods=grpo,nthr", "--seeds=0,1").stdout
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("before", 0), ("grpo", 0), ("nthr", 0), ("grpo", 1), ("nthr", 1)]
+    assert rows[:3] == first and "2 runs left" in printed
+    for row in rows:
+        assert len(row["greedy"]) == 12 and len(row["pass@8"]) == 6
+    of = {(row["method"], row["seed"]): row for row in rows}
+    gain = 100 * np.mean([np.subtract(of["nthr", s]["pass@1"], of["grpo", s]["pass@1"])
+                          for s in (0, 1)])
+    assert f"| {gain:+.2f} (" in (tmp_path / "out" / "pairs.md").read_text()
+    assert of["grpo", 0]["ln p of right"] != of["before", 0]["ln p of right"]

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 
+import rollout
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import judge
-import rollout
 from figures import step_line
 from runs import read_metrics
 
@@ -100,7 +101,7 @@ def test_a_stopped_run_saves_and_its_resume_gives_the_same_metrics(whole, run):
         process.send_signal(signal.SIGTERM)
         rest, errors = process.communicate()
     assert process.returncode == 143 and "Traceback" not in errors
-    assert re.search(r"stopped by signal 15; --resume goes on from step [12]\n$", rest)
+    assert re.search(r"stopped by signal 15 after step [12]; --resume goes on from it\n$", rest)
     with open(cut / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "eval/acc')
     (cut / "step_000003.tmp").mkdir()
