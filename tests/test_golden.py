@@ -15,7 +15,7 @@ from runs import read_metrics
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 GROUPS = read_groups(GOLDEN["groups"])
 TWO_RANKS = [("ddp", "dagrpo_luffy", 2e-5), ("fsdp", "nthr_cut_two_updates", 3e-5)]
-ONE_RANK = ["pos_only_token", "nthr_full_eta_kl", "grpo_tis_clip", "anchors_logp_kl", "random_cut"]
+ONE_RANK = ["pos_only_token", "nthr_full_eta_kl", "grpo_tis_clip", "anchors_logp_kl"]
 
 
 def compare(found, wanted, later=2e-5, first=1e-5, of_loss=0):
@@ -32,20 +32,11 @@ def compare(found, wanted, later=2e-5, first=1e-5, of_loss=0):
         assert got["grads"] == pytest.approx(want["grads"], rel=0, abs=tolerance)
 
 
-def zeroed(updates):
-    """Tokens of each response that have no advantage, in the first update."""
-    starts = np.cumsum([0] + [n for g in GROUPS if 0 < g.reward.mean() < 1 for n in g.lengths])
-    return np.add.reduceat(np.array(updates[0]["advantages"]) == 0, starts[:-1]).tolist()
-
-
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_one_rank(name, tmp_path):
     flags = [*GOLDEN["common"], *GOLDEN["flags"][name], f"--out_dir={tmp_path}"]
     found, _ = replay([GROUPS], *flags, probes=GOLDEN["probes"])
     wanted = GOLDEN["want"][name]
-    if name == "random_cut":  # its draw has another seed now; of every response it is as large
-        assert zeroed(found) == zeroed(wanted) and sum(zeroed(found)) == 58
-        return
     compare(found, wanted)
     for got, want in zip(found, wanted):
         assert got["advantages"] == pytest.approx(want["advantages"], rel=1e-5)
