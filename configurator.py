@@ -94,11 +94,11 @@ def configure(script_globals, argv=None):
     """Override `script_globals` in place from config files and flags; returns the settings.
     Settings are the globals so far without a leading underscore whose values are bool, int, float,
     str, tuple or None. argv: list of str, default sys.argv[1:]."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
+    if argv is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
     argv = list(sys.argv[1:] if argv is None else argv)
-    for word in argv:
-        if any("\ud800" <= letter <= "\udfff" for letter in word):
-            die(f"command line: {word!r} is not UTF-8")
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(argv)):
+        die(f"command line: {argv!r} are not UTF-8")
     types = (bool, int, float, str, tuple, type(None))
     defaults = {key: value for key, value in script_globals.items()
                 if isinstance(value, types) and not key.startswith("_")}
@@ -169,13 +169,3 @@ def check(settings, known, ranges, infinite=""):
     ranks, tp = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.get("tp", 1)
     if ranks % tp:
         die(f"tp: {tp} is not a divisor of {ranks}, the ranks of a machine")
-
-
-def check_folder(path, key="out_dir"):
-    """Make a folder to write to, or end the program."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        die(f"{key}: {path!r} cannot be a folder: {e.strerror}")
-    if not os.access(path, os.W_OK | os.X_OK):
-        die(f"{key}: {path} cannot be written to")

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch.distributed as dist
 
-from configurator import die, is_rank0, print0
+from configurator import die, print0
 from grader import grade_all
 
 
@@ -43,6 +43,16 @@ class Group:
         """The responses first to stop - 1, as a group."""
         some = {name: getattr(self, name)[first:stop] for name in PER_RESPONSE}
         return dataclasses.replace(self, **some)
+
+
+def mixed(group):
+    """Are some responses right and some wrong? Else they tell nothing apart within the group."""
+    return group.reward.min() < group.reward.max()
+
+
+def accuracy(groups):
+    """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
+    return float(np.mean([g.reward[~g.is_anchor].mean() for g in groups])) if groups else np.nan
 
 
 PER_RESPONSE = ("responses", "rollout_logp", "texts", "truncated", "reward", "is_anchor", "score",
@@ -192,7 +202,7 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
     else the first right one, or None; and row["anchor"]: is it short enough? All ranks call."""
     def choose(share):
         items = [(text, row) for row, _, texts in share for text in texts]
-        verdicts = iter(grade_all(items, progress=is_rank0()))
+        verdicts = iter(grade_all(items))
         for row, prompt, texts in share:
             right = [text for text in texts if next(verdicts)]
             short = [text for text in right

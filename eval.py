@@ -21,10 +21,10 @@ from rollout import build_engine, generate_all_ranks, load_weights  # before tor
 import numpy as np
 import torch.distributed as dist
 
-from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
+from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
 from model_utils import setup_distributed
-from runs import check_checkpoint, free_name, write_json, write_jsonl, write_whole
+from runs import check_checkpoint, check_folder, free_name, write_json, write_jsonl, write_whole
 
 # A run's folder, a folder of runs, a step_* folder, any Hugging Face folder; several folders of one
 # kind of model, with commas; or a hub id.
@@ -180,10 +180,6 @@ def table(rows):
     return "".join([head, "| --- " * len(rows[0]), "|\n", *body])
 
 
-def interval(mean, low, high, scale=100):
-    return f"{scale * mean:.1f} ({scale * low:.1f} to {scale * high:.1f})"
-
-
 def averages(results):
     """More results: the mean accuracy over sets, as in the papers' tables."""
     sets = {}
@@ -200,7 +196,8 @@ def results_table(results):
     cells = {}  # (model, figure): {set: text}
     for r in results:
         for figure, ends in r["figures"].items():
-            text = interval(*ends, 1 if figure == "length" else 100)
+            mean, low, high = np.array(ends) * (1 if figure == "length" else 100)
+            text = f"{mean:.1f} ({low:.1f} to {high:.1f})"
             cells.setdefault((r["model"], figure), {})[r["data"]] = text
     return table([["model", "figure", *names],
                   *([*key, *(row.get(name, "") for name in names)] for key, row in cells.items())])

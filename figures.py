@@ -1,5 +1,6 @@
 """What a step leaves to be read: figures, measured where they arise, seconds, a line."""
 import math
+import resource
 import time
 from functools import partialmethod
 
@@ -8,11 +9,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from data import accuracy
+
 
 class Figures:
     """Means, sums and maxima over a step's tokens, responses or groups, on all ranks.
     A figure's key is written where it is measured. Values are tensors, numpy arrays or numbers; a
-    GPU is not waited for before `all_ranks`, but by `lap`, which stands between phases."""
+    GPU is waited for in `lap`, which stands between phases, and `all_ranks` only."""
 
     def __init__(self, device):
         self.device = device
@@ -36,7 +39,7 @@ class Figures:
     max = partialmethod(note, "max")
 
     def lap(self, phase):
-        """The seconds since the last lap are time/`phase`, of the slowest rank."""
+        """The seconds since the last lap are time/`phase`: of the slowest rank, in each phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.max(f"time/{phase}", time.time() - self.last)
@@ -58,28 +61,63 @@ class Figures:
         return out
 
 
+def rollout_figures(groups, sampled, wasted):
+    """Figures of a step's groups: accepted, and sampled in all; wasted: tokens (sample_batch)."""
+    def of_rollouts(groups, field):  # demonstrations do not count
+        return np.concatenate([[], *(np.array(getattr(g, field))[~g.is_anchor] for g in groups)])
+
+    tokens, kept = of_rollouts(sampled, "lengths"), of_rollouts(groups, "lengths").sum()
+    row = {
+        "reward/accuracy": accuracy(sampled),
+        "reward/mean": accuracy(groups),  # of those trained on
+        "rollout/groups_sampled": len(sampled),
+        "rollout/groups_kept": len(groups),
+        "rollout/response_tokens": int(kept),
+        "rollout/tokens_dropped": int(tokens.sum() - kept),
+        "rollout/tokens_wasted": wasted,
+        "rollout/mean_length": float(tokens.mean()),
+        "rollout/truncated": float(of_rollouts(sampled, "truncated").mean()),
+    }
+    hard = [not g.reward[~g.is_anchor].any() for g in groups if g.is_anchor.any()]
+    return row | {"anchor/groups": len(hard), "anchor/hard": float(np.mean(hard))} if hard else row
+
+
+def speed_figures(row, vllm_bytes):
+    """Speed, in tokens of all ranks, and memory of a step, on a GPU without the engine's bytes."""
+    tokens = sum(row[f"rollout/{key}"] for key in
+                 ("response_tokens", "tokens_dropped", "tokens_wasted"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() - vllm_bytes
+    return {"perf/rollout_tok_s": tokens / row["time/rollout"],
+            "perf/train_tok_s": row.get("train/packed_tokens", 0) / row["time/update"],
+            "perf/peak_memory_gib": peak / 2**30}
+
+
 def find_alarms(row, rows):
     """Set alarm/* of a step's row; returns lines to print, each the first time that it is due.
-    rows: all of metrics.jsonl so far."""
-    steps = pd.DataFrame([*(r for r in rows if "time/step" in r), row]).astype(float)
-    idle = (steps["rollout/groups_kept"] == 0) | steps["reward/mean"].isin([0, 1])
-    first, usual = steps[:5].median(), steps.rolling(21, min_periods=6).median().iloc[-1]
-    ten = steps.rolling(10)
-    change, spread = ten.mean().diff(10).iloc[-1], (ten.std() / ten.std().shift(10)).iloc[-1]
+    rows: all of metrics.jsonl so far. What a step lacks is nan and gives no alarm."""
+    keys = ["reward/accuracy", "rollout/mean_length", "train/entropy", "train/grad_norm",
+            "train/loss", "gap/mean"]
+    steps = pd.DataFrame([*(r for r in rows if "time/step" in r), row])
+    steps = steps.reindex(columns=keys).astype(float)
+    now, first = steps.iloc[-1], steps[:5].median()
+    gradient = steps["train/grad_norm"].where(lambda x: x > 0)
+    usual = gradient.rolling(21, min_periods=6).median().iloc[-1]
+    change = steps["reward/accuracy"].rolling(10).mean().diff(10).iloc[-1]
+    spread = steps["train/loss"].rolling(10).std()
     found = (
-        ("no_signal", len(idle) > 2 and idle[-3:].all(),
-         "no group had right and wrong responses for three steps: try other problems, a larger "
-         "group_size, a higher temperature, anchors=1"),
-        ("gradient", row["train/grad_norm"] > 10 * usual["train/grad_norm"],
+        ("no_signal", len(steps) > 2 and gradient[-3:].isna().all(),
+         "no response had an advantage for three steps: try other problems, a larger group_size"),
+        ("gradient", now["train/grad_norm"] > 10 * usual,
          "the gradient norm is ten times its median: try a smaller learning_rate"),
-        ("length", row["rollout/mean_length"] < first["rollout/mean_length"] / 3,
+        ("length", now["rollout/mean_length"] < first["rollout/mean_length"] / 3,
          "responses are a third as long as at first: see samples.jsonl, try loss_norm=token"),
-        ("entropy", row["train/entropy"] < 0.01,
+        ("entropy", now["train/entropy"] < 0.01,
          "hardly any entropy is left: try clip_high=0.28, a higher temperature, fewer steps"),
-        ("flat", abs(change["reward/accuracy"]) < 0.01 and spread["train/loss"] > 3,
-         "accuracy stays while the loss swings more: try a smaller learning_rate; of dagrpo "
-         "a smaller delta, another judge"),
-        ("gap", row["gap/mean"] > max(0.01, 3 * first["gap/mean"]),
+        ("flat", abs(change) < 0.01 and spread.iloc[-1] > 3 * spread.shift(10).iloc[-1] > 0,
+         "accuracy stays while the loss swings more: try a smaller learning_rate, a smaller delta"),
+        ("gap", now["gap/mean"] > max(0.01, 3 * first["gap/mean"]),
          "vLLM's log-probabilities drift from the trainer's: try tis_cap=2, another rollout_dtype"))
     due = {f"alarm/{name}": text for name, is_due, text in found if is_due}
     row |= dict.fromkeys(due, 1)

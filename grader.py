@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from subprocess import DEVNULL, PIPE, Popen
 
-from tqdm import tqdm
-
 SECONDS = 2           # of processor time that a worker has for one answer
 LONGEST = 2000        # characters of an answer; the longest reference answer has 217
 
@@ -174,14 +172,13 @@ def choice(boxed):
     return match and match[1].upper()
 
 
-def grade_all(items, progress=False):
+def grade_all(items):
     r"""[(response text, problem), ...] -> [bool, ...]: is the last `\boxed{}` the problem's answer?
     problem: {"answer": str}; one with "n_choices" is multiple choice, its answer a letter. Equal
-    pairs are compared once. Any thread may call this. progress: show a bar of what takes long."""
+    pairs are compared once. Any thread may call this."""
     verdicts = [quick(text, problem) for text, problem in items]
     pairs = list({x: None for x in verdicts if isinstance(x, tuple)})
-    asked = tqdm(_pool.map(_ask, pairs), "grading", len(pairs), disable=not (progress and pairs))
-    answers = dict(zip(pairs, asked))
+    answers = dict(zip(pairs, _pool.map(_ask, pairs)))
     return [answers.get(x, x) for x in verdicts]
 
 

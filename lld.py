@@ -16,7 +16,7 @@ import itertools
 import json
 from pathlib import Path
 
-from rollout import accuracy, build_engine, sample_batch, sleep_engine  # before torch
+from rollout import build_engine, sample_batch, sleep_engine  # before torch
 
 import numpy as np
 import pandas as pd
@@ -27,12 +27,12 @@ from tqdm import trange
 import advantages
 import model_utils
 from advantages import VARIANTS, Old, as_many, gwhes, influence, nthr_select, threshold
-from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
+from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
 from losses import policy_loss, set_weights
 from plot import save_figure, subplots
-from runs import write_json, write_jsonl, write_whole
+from runs import check_folder, write_json, write_jsonl, write_whole
 
 # the questions and their responses; a change of one of these samples anew
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -108,7 +108,7 @@ if not groups:
         engine, tokenizer, problems, prompts, 0, prompts_per_step=questions, **sampling)
     sleep_engine(engine)
     print0(f"{len(kept)} of {len(sampled)} questions have both outcomes; "
-           f"{accuracy(sampled):.1%} of their responses are correct")
+           f"{np.mean([g.reward for g in sampled]):.1%} of their responses are correct")
     if not kept:
         die(f"dataset: no question of {dataset} has right and wrong responses; more max_rounds?")
     groups = [g.row | {"texts": g.texts, "prompt": g.prompt.tolist(), "rewards": g.reward.tolist(),

@@ -44,7 +44,7 @@ def read_runs(folders):
         try:
             with open(f"{folder}/run_config.json") as f:
                 configs.append(json.load(f))
-            runs.append(read_metrics(folder))
+            runs.append(read_metrics(folder) or die(f"{folder}: a run without a row"))
         except (OSError, ValueError) as e:
             die(f"{folder}: not a run with run_config.json and metrics.jsonl: {e}")
     differ = [key for key in configs[0] if key not in ("seed", "out_dir", "resume")
@@ -69,11 +69,12 @@ def plot_runs(seeds, path):
         lines = [(label, points) for label, points in lines if len(points)]
         panels += [(title, lines)] * bool(lines)
     fig, axes = subplots(len(panels))
+    labels = [*dict.fromkeys(label for _, lines in panels for label, _ in lines)]
     for ax, (title, lines) in zip(axes.flat, panels):
         for label, points in lines:
-            [line] = ax.plot(points["mean"], ".-", label=label)
-            ax.fill_between(points.index, points["min"], points["max"], color=line.get_color(),
-                            alpha=0.15)
+            color = f"C{labels.index(label)}"  # the same in all panels
+            ax.plot(points["mean"], ".-", label=label, color=color)
+            ax.fill_between(points.index, points["min"], points["max"], color=color, alpha=0.15)
         ax.set(title=title, xlabel="step")
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
     save_figure(fig, path)

@@ -36,8 +36,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from configurator import is_rank0
-from data import Group, data_index, encode_anchor, with_anchor
+from configurator import die, is_rank0
+from data import Group, data_index, encode_anchor, mixed, with_anchor
 from grader import grade_all
 from model_utils import full
 
@@ -84,46 +84,14 @@ def make_groups(tokenizer, rows, prompts, outputs, seeds):
     return groups
 
 
-def mixed(group):
-    """Are some responses right and some wrong? Else they tell nothing apart within the group."""
-    return group.reward.min() < group.reward.max()
-
-
-def accuracy(groups):
-    """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
-    return float(np.mean([g.reward[~g.is_anchor].mean() for g in groups])) if groups else math.nan
-
-
-def rollout_figures(groups, sampled, wasted):
-    """Figures of a step's groups: accepted, and sampled in all; wasted: tokens (sample_batch)."""
-    def of_rollouts(groups, field):  # demonstrations do not count
-        return np.concatenate([[], *(np.array(getattr(g, field))[~g.is_anchor] for g in groups)])
-
-    tokens, kept = of_rollouts(sampled, "lengths"), of_rollouts(groups, "lengths").sum()
-    row = {
-        "reward/accuracy": accuracy(sampled),
-        "reward/mean": accuracy(groups),  # of those trained on
-        "rollout/groups_sampled": len(sampled),
-        "rollout/groups_kept": len(groups),
-        "rollout/response_tokens": int(kept),
-        "rollout/tokens_dropped": int(tokens.sum() - kept),
-        "rollout/tokens_wasted": wasted,
-        "rollout/mean_length": float(tokens.mean()),
-        "rollout/truncated": float(of_rollouts(sampled, "truncated").mean()),
-    }
-    hard = [not g.reward[~g.is_anchor].any() for g in groups if g.is_anchor.any()]
-    return row | {"anchor/groups": len(hard), "anchor/hard": float(np.mean(hard))} if hard else row
-
-
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
                        tp=1, seed=0, progress=False):
     """n graded responses to every problem: a Group each, in their order, the same on all ranks."""
-    groups, *_ = sample_batch(
+    return sample_batch(
         engine, tokenizer, problems, prompts, 0, seed=seed, prompts_per_step=len(problems),
         group_size=n, temperature=temperature, max_response_tokens=max_response_tokens,
         oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False,
-        tp=tp, progress=progress)
-    return groups
+        tp=tp, progress=progress)[0]
 
 
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
@@ -263,7 +231,7 @@ def sync_weights(engine, model):
 
 def load_weights(engine, folder):
     """Put the weights of another checkpoint of the same model, a folder, into the engine."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) or die(f"{folder}: no weights in there")
     push_weights(engine, (pair for file in files for pair in load_file(file).items()))
 
 

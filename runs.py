@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import die, is_rank0, print0
@@ -50,23 +49,21 @@ def write_jsonl(path, rows):
 
 @contextlib.contextmanager
 def or_say_so(out_dir, what, on_full_disk):
-    """Its body writes `what`. If that fails, a line says so and the run ends, exit code 1, or goes
-    on (on_full_disk)."""
+    """Its body writes `what`; if that fails, a line says so and the run ends with 1, or goes on."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as e:  # the last two are of a checkpoint
+    except Exception as e:  # OSError, and those of torch and safetensors
         free = shutil.disk_usage(out_dir).free / 2**30
         print0(f"error: {what} is not written: {e}; {free:.2f} GiB are free in {out_dir}")
         if on_full_disk == "stop":
             raise SystemExit(1)
 
 
-def check_space(out_dir, model, on_full_disk):
-    """Is there room for a checkpoint, weights and two moments? See or_say_so. Rank 0 looks."""
+def check_space(out_dir, model):
+    """Raise OSError if there is no room for a checkpoint, weights and two moments."""
     need = 3 * sum(p.numel() * p.itemsize for p in model.parameters())
-    with or_say_so(out_dir, f"a checkpoint of {need / 2**30:.2f} GiB", on_full_disk):
-        if is_rank0() and shutil.disk_usage(out_dir).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if shutil.disk_usage(out_dir).free < need:
+        raise OSError(f"it takes {need / 2**30:.2f} GiB")
 
 
 def free_name(stem):
@@ -92,6 +89,16 @@ def read_metrics(out_dir):
     """Rows of a run's metrics.jsonl, none before the first."""
     path = Path(out_dir, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def check_folder(path):
+    """Make a folder to write to, or end the program."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        die(f"out_dir: {path!r} cannot be a folder: {e.strerror}")
+    if not os.access(path, os.W_OK | os.X_OK):
+        die(f"out_dir: {path} cannot be written to")
 
 
 STEPS = "step_" + "[0-9]" * 6
@@ -184,11 +191,12 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
         final = f"{out_dir}/step_{state['step']:06d}"
         tmp = f"{final}.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
-        check_space(out_dir, model, config["on_full_disk"])
+        if not all(w.isfinite().all() for w in weights.values()):
+            print0(f"error: {final} is not written: a weight is not finite")
+            raise SystemExit(1)
         with or_say_so(out_dir, final, config["on_full_disk"]):
+            check_space(out_dir, model)
             try:
-                if not all(w.isfinite().all() for w in weights.values()):
-                    raise RuntimeError("a weight is not finite")
                 model.save_pretrained(tmp, state_dict=weights)
                 tokenizer.save_pretrained(tmp)
                 torch.save(moments, f"{tmp}/optimizer.pt")

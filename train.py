@@ -6,11 +6,9 @@
 
 Settings are the globals below; config files and flags override them (configurator.py)."""
 import math
-import resource
 import time
 
 import rollout  # before torch, whose threads it sets
-from rollout import mixed
 
 import numpy as np
 import torch
@@ -22,8 +20,8 @@ import losses
 import model_utils
 import runs
 from advantages import Old, response_advantages, token_advantages
-from configurator import check, check_folder, configure, die, is_rank0, print0, settings_for
-from figures import Figures, find_alarms, step_line
+from configurator import check, configure, die, is_rank0, print0, settings_for
+from figures import Figures, find_alarms, rollout_figures, speed_figures, step_line
 from judge import judge_all_ranks, open_judge, read_cache
 from losses import policy_loss
 from memory import estimate_memory, vllm_share
@@ -154,7 +152,7 @@ asked = {f"dataset {dataset}": prompts, f"eval_dataset {eval_dataset}": test_pro
 context = max(
     data.check_lengths(some, max_response_tokens, hf_config.max_position_embeddings, name)
     for name, some in asked.items() if some)
-check_folder(out_dir)
+runs.check_folder(out_dir)
 
 # ---- set up: process group, run folder, engine (it measures free memory), policy, optimizer ------
 
@@ -201,7 +199,9 @@ ref = None
 if kl_coef:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
     ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref
-runs.check_space(out_dir, policy.model, on_full_disk)
+if is_rank0():
+    with runs.or_say_so(out_dir, "a checkpoint", on_full_disk):
+        runs.check_space(out_dir, policy.model)
 scores_known = read_cache(out_dir)  # of the judge, before this run was resumed
 
 of_sampling = settings_for(rollout.sample_batch, config)
@@ -238,21 +238,9 @@ def set_learning_rate(step):
     return lr
 
 
-def speed_figures(row):
-    """Speed, in tokens of all ranks, and memory of the step whose figures are in `row`."""
-    tokens = sum(row[f"rollout/{key}"] for key in
-                 ("response_tokens", "tokens_dropped", "tokens_wasted"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if on_cuda:  # the trainer's, without what vLLM has while it sleeps
-        peak = torch.cuda.max_memory_allocated() - vllm_bytes
-    return {"perf/rollout_tok_s": tokens / row["time/rollout"],
-            "perf/train_tok_s": row["train/packed_tokens"] / row["time/update"],
-            "perf/peak_memory_gib": peak / 2**30}
-
-
 def write_row(row, groups):
     """Write and print a step's figures, and what the responses of its first groups came to."""
-    row |= speed_figures(row)
+    row |= speed_figures(row, vllm_bytes)
     alarms = find_alarms(row, runs.read_metrics(out_dir))
     samples = [dict(
         step=row["step"], problem=g.row["problem"], answer=g.row["answer"],
@@ -263,7 +251,7 @@ def write_row(row, groups):
     ) for g in groups[:samples_per_step]]
     with runs.or_say_so(out_dir, f"step {row['step']}", on_full_disk):
         runs.log(out_dir, row, samples)
-        if row["train/bad_steps"]:
+        if row.get("train/bad_steps"):
             torch.save(groups, f"{out_dir}/bad_step_{row['step']}.pt")
     print0("\n".join([step_line(row, max_steps), *alarms]))
 
@@ -274,7 +262,7 @@ def evaluate(step):
     groups = rollout.generate_all_ranks(
         engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0,
         max_response_tokens=max_response_tokens, tp=tp)
-    row = {"step": step, "eval/accuracy": rollout.accuracy(groups), "eval/problems": len(groups),
+    row = {"step": step, "eval/accuracy": data.accuracy(groups),
            "eval/mean_length": float(np.mean([n for g in groups for n in g.lengths])),
            "eval/truncated": float(np.mean([g.truncated for g in groups])),
            "time/eval": time.time() - began}
@@ -287,7 +275,7 @@ def evaluate(step):
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-saved = step if start else None  # the step of the newest checkpoint
+saved = step  # whose checkpoint is not written again
 bad_steps = 0                    # in a row
 asked = []                       # signals to end
 runs.catch_signals(asked)
@@ -297,13 +285,12 @@ while True:
     dist.all_reduce(stop, dist.ReduceOp.MAX)  # all ranks or none
     due = step == max_steps or bool(eval_every) and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
-    if save and step not in (0, saved):
+    if save and step != saved:
         runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
                              tokenizer, optimizer, config)
-        saved = step
     if stop:
-        print0(f"stopped by signal {stop} after step {step}"
-               + "; --resume goes on from it" * bool(saved))
+        print0(f"stopped by signal {stop} after step {step}; checkpoints to --resume from: "
+               f"{runs.checkpoints(out_dir)}")
         raise SystemExit(128 + int(stop))
     if due and test_problems:
         evaluate(step)
@@ -320,7 +307,7 @@ while True:
     # ---- judge, while the engine is awake; groups without both outcomes need no scores
     if judged:
         counts = judge_all_ranks(
-            [g for g in groups if mixed(g)], judge, judge_model, scores_known, out_dir)
+            [g for g in groups if data.mixed(g)], judge, judge_model, scores_known, out_dir)
         for key, count in counts.items():  # the same on all ranks
             figures.mean(key, count)
     rollout.sleep_engine(engine)
@@ -383,18 +370,18 @@ while True:
     figures.lap("sync")
 
     # ---- one row of figures, over all ranks
-    row = {"step": step, "train/lr": lr, **rollout.rollout_figures(groups, sampled, wasted),
+    row = {"step": step, "train/lr": lr, **rollout_figures(groups, sampled, wasted),
            **figures.all_ranks()}
     if is_rank0():
         write_row(row, groups)
-    bad_steps = bad_steps + 1 if row["train/bad_steps"] else 0
+    bad_steps = bad_steps + 1 if row.get("train/bad_steps") else 0
     if bad_steps == max_bad_steps:
-        print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; the newest "
-               f"checkpoint is that of step {saved}, the groups are in {out_dir}/bad_step_*.pt")
+        print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints "
+               f"before: {runs.checkpoints(out_dir)}; groups: {out_dir}/bad_step_*.pt")
         raise SystemExit(1)
 
 if is_rank0():
     with runs.or_say_so(out_dir, "curves.png", on_full_disk):
         plot_runs(read_runs([out_dir]), f"{out_dir}/curves.png")
-    print0(f"wrote {out_dir}/: metrics.jsonl, samples.jsonl, curves.png, step_{step:06d}/")
+    print0(f"wrote {out_dir}/: metrics.jsonl, samples.jsonl, curves.png, step_*/")
 engine = None  # last: its shutdown ends the process group

@@ -54,7 +54,7 @@ from data import (
     load_problems,
     load_tokenizer,
 )
-from eval import bootstrap, interval, table
+from eval import bootstrap, table
 from model_utils import load_policy
 from runs import read_metrics, write_json, write_jsonl, write_whole
 
@@ -295,6 +295,11 @@ def race(spec, room):
                        interval(*bootstrap([gain]))])
     result = dict(machine=machine(), TRL=theirs, this=ours, seconds=seconds, accuracy=found)
     return result, f"{result['machine']}\n\n{table(rows)}\n{table(scores)}\n"
+
+
+def interval(mean, low, high):
+    """A share with its 95% interval, in percent."""
+    return f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def machine():

@@ -4,13 +4,13 @@
     python bench/study.py --grounds=steps --methods=grpo,nthr --seeds=0,1       a part
     python bench/study.py --train=False                               tables of the runs there are
 
-A run is one `train.py` with its own folder, out/study/GROUND/METHOD_SEED; one that was stopped goes
-on. A seed is one data order and sampling for all methods, so differences are paired. After the runs
-of a seed one engine asks their last checkpoints problems that no run has met, greedily, and 8 times
-at temperature 1, and the log-likelihood of the start model's own right answers is taken: what
+A run is one `train.py` with its own folder, out/study/GROUND_START/METHOD_SEED; one that was
+stopped goes on. A seed is one data order and sampling for all methods, so differences are paired.
+After all runs one engine asks their last checkpoints problems that no run has met, greedily, and 8
+times at temperature 1, and the log-likelihood of the start model's own right answers is taken: what
 [NTHR] says a penalty on wrong answers takes away. All that a table needs of a run is then a line of
 docs/study/GROUND.jsonl, and the run is not made again. Files of several machines can be joined;
-runs are compared with those from the very same start model only.
+START is the sum of the start model's weights: only runs from the very same ones are compared.
 
 Intervals: 95%, bootstrap over seeds and problems together: seeds are drawn anew, and problems, the
 same ones for both methods. With one seed it says nothing of another seed.
@@ -32,11 +32,18 @@ import numpy as np
 import torch
 
 import model_utils
-from configurator import check, check_folder, configure, die
+from configurator import check, configure, die
 from data import STYLES, Group, encode_prompts, load_problems, load_tokenizer
 from eval import pass_at_k, table
 from plot import plot_runs
-from runs import checksum, newest_checkpoint, read_metrics, write_jsonl, write_whole
+from runs import (
+    check_folder,
+    checksum,
+    newest_checkpoint,
+    read_metrics,
+    write_jsonl,
+    write_whole,
+)
 
 grounds = "steps,pairs,late"  # of GROUNDS, with commas
 methods = ""                  # of METHODS, with commas; "": those of FIRST
@@ -48,7 +55,7 @@ out_dir = "out/study"         # of runs and pictures
 results = "docs/study"        # of what is kept
 extra = ""                    # further flags of every train.py, with spaces between
 
-FIRST = ("grpo", "pos_only", "random", "nthr")
+FIRST = ["grpo", "pos_only", "random", "nthr"]
 METHODS = {
     "grpo": ["--variant=grpo"],
     "pos_only": ["--variant=pos_only"],
@@ -75,10 +82,10 @@ GROUNDS = {
              ["config/quickstart.py", "--out_dir=out/study/start_late"]),
 }
 # of a step, what the tables and pictures show
-KEPT = ("step", "eval/accuracy", "reward/accuracy", "train/entropy", "train/grad_norm",
+KEPT = ["step", "eval/accuracy", "reward/accuracy", "train/entropy", "train/grad_norm",
         "train/clip_fraction", "rollout/mean_length", "rollout/truncated", "rollout/groups_kept",
         "displacement/mean", "displacement/fell", "nthr/selected", "nthr/eta",
-        "dagrpo/lambda_pos", "dagrpo/lambda_neg", "time/rollout", "time/update", "time/step")
+        "dagrpo/lambda_pos", "dagrpo/lambda_neg", "time/rollout", "time/update", "time/step"]
 
 
 def run_script(*args):
@@ -89,21 +96,23 @@ def run_script(*args):
         die(f"study: this failed: {' '.join(args)}")
 
 
-def folder_of(ground, method, seed):
-    return f"{out_dir}/{ground}/{method}_{seed}"
+def start_of(ground):
+    """The start model's name in results: of its weights' sum; None before it is trained."""
+    path = f"{GROUNDS[ground][2]}/model.safetensors"
+    return checksum(path)[:12] if os.path.exists(path) else None
 
 
-def make_run(ground, method, seed):
-    """Train a cell, or the rest of it: the folder of its last checkpoint."""
-    folder = folder_of(ground, method, seed)
+def make_run(ground, start, method, seed):
+    """Train a cell, or the rest of it: the folder of the run."""
+    folder = f"{out_dir}/{ground}_{start}/{method}_{seed}"
     if not os.path.exists(f"{folder}/done"):
         resume = ["--resume"] * bool(newest_checkpoint(folder))
         run_script("train.py", GROUNDS[ground][0], *METHODS[method], *extra.split(),
                    f"--seed={seed}", f"--out_dir={folder}", *resume)
         path, _ = newest_checkpoint(folder)
-        write_whole(f"{folder}/done", path)
         os.unlink(f"{path}/optimizer.pt")  # two thirds of it, and no longer wanted
-    return Path(f"{folder}/done").read_text()
+        write_whole(f"{folder}/done", path)
+    return folder
 
 
 def fresh_problems(kind):
@@ -132,40 +141,35 @@ def log_likelihoods(model, prompts, answers):
     return [x.sum().item() for x in logp.split([g.lengths[0] for g in groups])]
 
 
-class Examiner:
-    """One engine for all checkpoints of a ground, and what they are asked."""
+def questions(ground):
+    """(tokenizer, rows, prompts, tokens of a response) of a ground."""
+    _, kind, start, _ = GROUNDS[ground]
+    tokenizer, _ = load_tokenizer(start)
+    rows = fresh_problems(kind)
+    prompts = encode_prompts(tokenizer, rows, kind)
+    return tokenizer, rows, prompts, STYLES[kind]["max_response_tokens"]
 
-    def __init__(self, ground):
-        _, kind, self.start, _ = GROUNDS[ground]
-        self.tokenizer, _ = load_tokenizer(self.start)
-        self.rows = fresh_problems(kind)
-        self.prompts = encode_prompts(self.tokenizer, self.rows, kind)
-        self.tokens = STYLES[kind]["max_response_tokens"]
-        self.engine = None
 
-    def ask(self, model, answers=None):
-        """A checkpoint's figures, of each problem. answers: of the start model, {index: ids};
-        None: it is the start model, whose first right answers are among the figures."""
-        if self.engine is None:
-            context = max(map(len, self.prompts)) + self.tokens
-            self.engine = rollout.build_engine(self.start, context, 0, "auto")
-        rollout.load_weights(self.engine, model)
-        asked = [rollout.generate_all_ranks(
-            self.engine, self.tokenizer, self.rows[:count], self.prompts[:count], n, temperature,
-            self.tokens) for count, n, temperature in ((problems, 1, 0.0),
-                                                       (sampled_problems, 8, 1.0))]
-        greedy, sampled = asked
-        if answers is None:
-            answers = {i: g.responses[g.reward.argmax()].tolist()
-                       for i, g in enumerate(sampled) if g.reward.any()}
-        return answers, {
-            "greedy": [int(g.reward[0]) for g in greedy],
-            "pass@1": [float(g.reward.mean()) for g in sampled],
-            "pass@8": [pass_at_k(g.reward.tolist(), 8) for g in sampled],
-            "length": [float(np.mean(g.lengths)) for g in sampled],
-            "truncated": [float(g.truncated.mean()) for g in sampled],
-            "ln p of right": [round(x, 4)
-                              for x in log_likelihoods(model, self.prompts, answers)]}
+def ask(engine, model, asked, answers=None):
+    """(answers, a checkpoint's figures, of each problem). answers: {index of a problem: ids}, whose
+    log-likelihood is taken; None: the model's own, the first right one to each."""
+    tokenizer, rows, prompts, tokens = asked
+    rollout.load_weights(engine, model)
+    greedy, sampled = (
+        rollout.generate_all_ranks(engine, tokenizer, rows[:count], prompts[:count], n, temperature,
+                                   tokens)
+        for count, n, temperature in ((problems, 1, 0.0), (sampled_problems, 8, 1.0)))
+    if answers is None:
+        answers = {i: g.responses[g.reward.argmax()].tolist()
+                   for i, g in enumerate(sampled) if g.reward.any()}
+    logp = dict(zip(answers, log_likelihoods(model, prompts, answers)))
+    return answers, {
+        "greedy": [int(g.reward[0]) for g in greedy],
+        "pass@1": [float(g.reward.mean()) for g in sampled],
+        "pass@8": [pass_at_k(g.reward.tolist(), 8) for g in sampled],
+        "length": [float(np.mean(g.lengths)) for g in sampled],
+        "truncated": [float(g.truncated.mean()) for g in sampled],
+        "ln p of right": [logp.get(i) for i in range(len(sampled))]}  # None: had no right answer
 
 
 def read_rows(ground):
@@ -175,50 +179,56 @@ def read_rows(ground):
     return {(row["method"], row["seed"], row["start"]): row for row in rows}
 
 
-def make_runs(ground, chosen, of_seeds):
-    """Make the runs that are missing, ask their checkpoints, keep the answers."""
+def train_missing(ground, chosen, of_seeds):
+    """Make the runs that are missing: (start, [(method, seed), ...] that are to be asked)."""
     _, _, start, leaves_start = GROUNDS[ground]
+    rows = read_rows(ground)
+    cells = [(method, seed) for seed in of_seeds for method in chosen]
+    for known in {start for *_, start in rows}:
+        if all((*cell, known) in rows for cell in cells):
+            return known, []
     if leaves_start and not os.path.exists(start):
         run_script("train.py", *leaves_start)
+    known, took = start_of(ground), []
+    missing = [cell for cell in cells if (*cell, known) not in rows]
+    for i, cell in enumerate(missing, 1):
+        began = time.time()
+        make_run(ground, known, *cell)
+        took.append(time.time() - began)
+        left = len(missing) - i
+        print(f"{ground}: {took[-1]:.0f} s; {left} runs left, about "
+              f"{left * statistics.median(took) / 60:.0f} minutes", flush=True)
+    return known, missing
+
+
+def keep_answers(engine, ground, known, cells, asked):
+    """Ask the last checkpoints of runs, and the start model, if it was not; keep a line of each."""
     rows = read_rows(ground)
-    known = checksum(f"{start}/model.safetensors")[:12]
-    done = {(method, seed) for method, seed, _ in rows}
-    missing = [(method, seed) for seed in of_seeds for method in chosen
-               if (method, seed) not in done]
-    examiner, took = Examiner(ground), []
-
-    def keep(method, seed, figures, **more):
+    if ("before", 0, known) not in rows:
+        cells = [("before", 0), *cells]
+    for method, seed in cells:
         row = dict(method=method, seed=seed, start=known, date=time.strftime("%Y-%m-%d"))
-        rows[method, seed, known] = row | more | figures
+        if method == "before":
+            row["answers"], figures = ask(engine, GROUNDS[ground][2], asked)
+        else:
+            folder = make_run(ground, known, method, seed)
+            answers = {int(i): ids for i, ids in rows["before", 0, known]["answers"].items()}
+            _, figures = ask(engine, Path(f"{folder}/done").read_text(), asked, answers)
+            row["metrics"] = [{key: r[key] for key in KEPT if key in r}
+                              for r in read_metrics(folder)]
+        rows[method, seed, known] = row | figures
         write_jsonl(f"{results}/{ground}.jsonl", rows.values())
-
-    if missing and ("before", 0, known) not in rows:
-        answers, figures = examiner.ask(start)
-        keep("before", 0, figures, answers=answers)
-    for seed in dict.fromkeys(seed for _, seed in missing):
-        of_seed = [method for method, other in missing if other == seed]
-        for method in of_seed:
-            began = time.time()
-            make_run(ground, method, seed)
-            took.append(time.time() - began)
-            missing.remove((method, seed))
-            print(f"{ground}: {took[-1]:.0f} s; {len(missing)} runs left, about "
-                  f"{len(missing) * statistics.median(took) / 60:.0f} minutes", flush=True)
-        answers = {int(i): ids for i, ids in rows["before", 0, known]["answers"].items()}
-        for method in of_seed:
-            path = make_run(ground, method, seed)
-            metrics = [{key: row[key] for key in KEPT if key in row}
-                       for row in read_metrics(folder_of(ground, method, seed))]
-            keep(method, seed, examiner.ask(path, answers)[1], metrics=metrics)
 
 
 def difference(a, b, draws=4000):
-    """[mean, low, high] of a - b (seeds, problems), both drawn anew, and its standard error."""
+    """[mean, low, high] of a - b (seeds, problems), both drawn anew, and its standard error. nan
+    is left out."""
     rng, d = np.random.default_rng(0), np.array(a) - np.array(b)
     seeds, problems = d.shape
-    means = [d[rng.integers(seeds, size=seeds)][:, rng.integers(problems, size=problems)].mean()
+    draw = rng.integers
+    means = [np.nanmean(d[draw(seeds, size=seeds)][:, draw(problems, size=problems)])
              for _ in range(draws)]
-    return [d.mean(), *np.quantile(means, (0.025, 0.975))], float(np.std(means))
+    return [np.nanmean(d), *np.quantile(means, (0.025, 0.975))], float(np.std(means))
 
 
 def mean_of(rows, key):
@@ -229,13 +239,18 @@ def mean_of(rows, key):
 
 def tabulate(ground):
     """Print the tables of the runs that are kept; leave them and a picture in out_dir."""
-    rows = read_rows(ground)
-    before = {start: row for (method, _, start), row in rows.items() if method == "before"}
+    rows, shares = read_rows(ground), ("greedy", "pass@1", "pass@8", "fell", "truncated")
+    before = {start: np.array(row["ln p of right"], float)
+              for (method, _, start), row in rows.items() if method == "before"}
+    rows = {key: row for key, row in rows.items() if key[2] in before}
+    sizes = {(len(row["greedy"]), len(row["pass@1"])) for row in rows.values()}
+    if len(sizes) > 1:
+        die(f"study: the runs of {results}/{ground}.jsonl were asked {sizes} problems")
+    for key, row in rows.items():
+        change = np.array(row["ln p of right"], float) - before[key[2]]
+        fell = np.where(np.isnan(change), np.nan, change < 0)
+        rows[key] = row | {"ln p of right": change, "fell": fell}
     methods = [m for m in METHODS if any(m == method for method, *_ in rows)]
-    shares = ("greedy", "pass@1", "pass@8", "fell", "truncated")
-    for row in rows.values():
-        change = np.subtract(row["ln p of right"], before[row["start"]]["ln p of right"])
-        row |= {"ln p of right": change, "fell": change < 0}
     figures = ("greedy", "pass@1", "pass@8", "ln p of right", "fell", "length", "truncated")
     of_steps = ("train/entropy", "train/grad_norm", "displacement/mean", "displacement/fell",
                 "train/clip_fraction", "nthr/selected", "time/rollout", "time/update", "time/step")
@@ -246,8 +261,8 @@ def tabulate(ground):
     for method in ["before", *methods]:
         own = [row for (other, *_), row in rows.items() if other == method]
         values.append([method, str(len(own)), *(
-            f"{100 * np.mean([r[key] for r in own]):.1f}" if key in shares else
-            f"{np.mean([np.mean(r[key]) for r in own]):.2f}" for key in figures)])
+            f"{100 * np.nanmean([r[key] for r in own]):.1f}" if key in shares else
+            f"{np.nanmean([r[key] for r in own]):.2f}" for key in figures)])
         if method == "before":
             continue
         curves[method] = [row["metrics"] for row in own]
@@ -280,10 +295,19 @@ if __name__ == "__main__":
           dict(methods=[*METHODS], grounds=[*GROUNDS]), {})
     if not all(seed.isdigit() for seed in seeds.split(",")):
         die(f"seeds: {seeds!r} is not whole numbers with commas between")
-    model_utils.setup_distributed()
-    check_folder(results, "results")
-    for ground in grounds.split(","):
-        if train:
-            make_runs(ground, chosen, [int(seed) for seed in seeds.split(",")])
+    check_folder(results)
+    chosen_grounds = grounds.split(",")
+    if train:
+        made = {ground: train_missing(ground, chosen, [int(seed) for seed in seeds.split(",")])
+                for ground in chosen_grounds}
+        made = {ground: cells for ground, cells in made.items() if cells[1]}
+        if made:  # after the last training, which has the machine for itself until then
+            asked = {ground: questions(ground) for ground in made}
+            context = max(max(map(len, prompts)) + tokens for *_, prompts, tokens in asked.values())
+            model_utils.setup_distributed()
+            engine = rollout.build_engine(GROUNDS[[*made][0]][2], context, 0, "auto")
+            for ground, (known, cells) in made.items():
+                keep_answers(engine, ground, known, cells, asked[ground])
+    for ground in chosen_grounds:
         if read_rows(ground):
             tabulate(ground)

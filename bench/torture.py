@@ -35,8 +35,8 @@ only = ""                     # of FAULTS, with commas; "": all
 seed = 0                      # of the moments
 
 # few layers have nothing right: the demonstrations are what they learn from
-FLAGS = ("config/dagrpo_quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1",
-         "--max_steps=3", "--eval_every=1", "--eval_problems=4", "--tokens_per_micro_batch=400")
+FLAGS = ["config/dagrpo_quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1",
+         "--max_steps=3", "--eval_every=1", "--eval_problems=4", "--tokens_per_micro_batch=400"]
 rows = []  # of the table
 
 
@@ -106,15 +106,12 @@ def signals(whole):
             out = f"{folder}/signal"
             process = start(out, ranks=ranks)
             next(line for line in process.stdout if line.startswith("step 1/"))
-            if ranks == 1 or number == signal.SIGINT:  # a terminal's Ctrl-C reaches all of them
-                os.killpg(process.pid, number)
-            else:
-                os.kill(process.pid, number)
+            process.send_signal(number)
             code, said = ended(process)
             expected = 128 + number if ranks == 1 else 1
             tidy = "stopped by signal" in said and (ranks > 1 or "Traceback" not in said)
             saved = bool(checkpoints(out))
-            _, again = finish(out, ranks)
+            finish(out, ranks)
             note(f"{signal.Signals(number).name}, {ranks} rank{'s' * (ranks > 1)}",
                  f"exit {code}, checkpoint {'saved' if saved else 'missing'}, resumed",
                  code == expected and tidy and saved and leaves(out) == wanted)
@@ -141,7 +138,7 @@ def second_run(whole):
     """Another run in a folder that is in use."""
     out = f"{folder}/whole_1"
     first = start(out, "--resume", "--max_steps=4")
-    while not Path(out, "old_1").exists():
+    while first.poll() is None and not Path(out, "old_1").exists():
         time.sleep(0.1)
     code, said = ended(start(out, "--resume", "--max_steps=4"))
     ended(first)

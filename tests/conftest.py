@@ -1,5 +1,6 @@
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")  # GiB of an engine's cache
 import rollout  # noqa: E402  sets torch's threads, so before any test imports torch
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Scripts that tests run in this process leave Ctrl-C as theirs."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ from pathlib import Path
 import configs
 import pytest
 
-from configurator import check, check_folder, configure, settings_for
+from configurator import check, configure, settings_for
+from runs import check_folder
 
 CONFIGS = sorted(p.name for p in (Path(__file__).parent.parent / "config").glob("*.py"))
 

@@ -44,7 +44,7 @@ def test_groups_line_up_with_the_trainer(world):
         assert ended == (~g.truncated).tolist()  # the end is a token like any other
         verdicts = rollout.grade_all([(text, row) for text in g.texts])
         assert g.reward.tolist() == [v and not c for v, c in zip(verdicts, g.truncated)]
-    assert not all(g.truncated.all() for g in groups) and 0 < rollout.accuracy(groups) < 1
+    assert not all(g.truncated.all() for g in groups) and 0 < data.accuracy(groups) < 1
     assert gap(policy, groups) < 1e-3
     assert gap(policy, groups, temperature=1.0) > 1e-2  # it is in vLLM's log-probabilities
     # a response depends on its place alone, not on what is sampled beside it
