@@ -106,13 +106,13 @@ def test_open_run_loses_nothing(tmp_path):
                          (2, "eval/accuracy", 2), (3, "train/entropy", 3)):
         runs.log(out, {"step": step, key: x})
     before = metrics.read_text() + '{"step": 4, "x"'
-    metrics.write_text(before)
+    metrics.write_bytes(b"\xff\n" + before.encode())  # a damaged row, too
     runs.open_run(str(out), dict(keep_ckpts=1, lr=2), (str(path), dict(step=2)))
     assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
     assert [r.get("x", 7) for r in runs.read_metrics(out)] == [7, None, None]  # JSON has no nan
     plot_runs(plot.read_runs([str(out)]), f"{out}/curves.png")
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert (out / "old_1" / "metrics.jsonl").read_text() == before
+    assert (out / "old_1" / "metrics.jsonl").read_bytes() == b"\xff\n" + before.encode()
     assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
     runs.open_run(str(out), dict(lr=2))
     assert {*os.listdir(out)} == {"old_1", "old_2", "run_config.json"}
