@@ -146,7 +146,7 @@ def _read_problems(path, key, second="answer"):
 
 
 def drop_evaluated(problems, dataset, data_dir, evaluated):
-    """Training problems that are neither in `evaluated` nor in a test set in data_dir."""
+    """Problems in neither `evaluated` nor a test set of data_dir; ends the program without any."""
     rows = list(evaluated)
     for file in (file for (_, split), file in SETS.items() if split == "test"):
         path = f"{data_dir}/{file}.jsonl"

@@ -99,8 +99,8 @@ def find_alarms(row, rows):
     rows: all of metrics.jsonl so far. What a step lacks is nan and gives no alarm."""
     keys = ["reward/accuracy", "rollout/mean_length", "train/entropy", "train/grad_norm",
             "train/loss", "gap/mean"]
-    steps = pd.DataFrame([*(r for r in rows if "time/step" in r), row])
-    steps = steps.reindex(columns=keys).astype(float)
+    steps = [*(r for r in rows if "time/step" in r), row]
+    steps = pd.DataFrame(steps, columns=keys, dtype=float)
     now, first = steps.iloc[-1], steps[:5].median()
     gradient = steps["train/grad_norm"].where(lambda x: x > 0)
     usual = gradient.rolling(21, min_periods=6).median().iloc[-1]

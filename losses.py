@@ -16,11 +16,12 @@ def set_weights(groups, loss_norm="group", max_response_tokens=1):
     the response x responses of the group x groups), GRPO's first form and [GSPO]. "token": 1 /
     tokens of the update, [DAPO]. "constant": 1 / (responses of the group x max_response_tokens x
     groups), [DrGRPO], [DaGRPO]."""
+    update_tokens = sum(sum(g.lengths) for g in groups)
     for g in groups:
         tokens, size = np.array(g.lengths), len(g.responses)
-        g.update_tokens = sum(sum(other.lengths) for other in groups)
+        g.update_tokens = update_tokens
         divisor = {"group": tokens.sum() * len(groups), "response": tokens * size * len(groups),
-                   "token": g.update_tokens,
+                   "token": update_tokens,
                    "constant": size * max_response_tokens * len(groups)}[loss_norm]
         g.weight = np.full(size, 1.0) / divisor
 

@@ -50,7 +50,7 @@ def estimate_memory(config, ranks=1, parallel="ddp", compute_bytes=2,
 
 
 def vllm_share(device, memory):
-    """The share of a GPU that training leaves for vLLM. memory: of estimate_memory."""
+    """The share of a GPU that estimate_memory leaves for vLLM; too little ends the program."""
     card = torch.cuda.get_device_properties(device).total_memory / 2**30
     usable = card - 3  # GiB: CUDA context, vLLM's graphs, fragments
     left = usable - memory["held"]

@@ -133,7 +133,7 @@ def cut(group, tokens_per_micro_batch):
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     """This rank's share of an update's groups, which all ranks hold: a list of Unit, never empty.
     moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
-    many forward passes on all ranks, before the weights move and after: the others are fillers."""
+    many forward passes on all ranks, before the weights move and after: fillers make up for it."""
     share = deal(groups, dist.get_world_size())[dist.get_rank()]
     units = pack_units(share, tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]

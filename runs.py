@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import die, is_rank0, print0
@@ -52,7 +53,7 @@ def or_say_so(out_dir, what, on_full_disk):
     """Its body writes `what`; if that fails, a line says so and the run ends with 1, or goes on."""
     try:
         yield
-    except Exception as e:  # OSError, and those of torch and safetensors
+    except (OSError, RuntimeError, SafetensorError) as e:  # the last two are of a checkpoint
         free = shutil.disk_usage(out_dir).free / 2**30
         print0(f"error: {what} is not written: {e}; {free:.2f} GiB are free in {out_dir}")
         if on_full_disk == "stop":

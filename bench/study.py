@@ -96,12 +96,6 @@ def run_script(*args):
         die(f"study: this failed: {' '.join(args)}")
 
 
-def start_of(ground):
-    """The start model's name in results: of its weights' sum; None before it is trained."""
-    path = f"{GROUNDS[ground][2]}/model.safetensors"
-    return checksum(path)[:12] if os.path.exists(path) else None
-
-
 def make_run(ground, start, method, seed):
     """Train a cell, or the rest of it: the folder of the run."""
     folder = f"{out_dir}/{ground}_{start}/{method}_{seed}"
@@ -184,12 +178,12 @@ def train_missing(ground, chosen, of_seeds):
     _, _, start, leaves_start = GROUNDS[ground]
     rows = read_rows(ground)
     cells = [(method, seed) for seed in of_seeds for method in chosen]
-    for known in {start for *_, start in rows}:
+    for known in dict.fromkeys(of_row for *_, of_row in rows):
         if all((*cell, known) in rows for cell in cells):
             return known, []
     if leaves_start and not os.path.exists(start):
         run_script("train.py", *leaves_start)
-    known, took = start_of(ground), []
+    known, took = checksum(f"{start}/model.safetensors")[:12], []
     missing = [cell for cell in cells if (*cell, known) not in rows]
     for i, cell in enumerate(missing, 1):
         began = time.time()

@@ -47,10 +47,10 @@ def command(out, *flags, ranks=1):
     return [*launcher, "train.py", *FLAGS, f"--model={small}", f"--out_dir={out}", *flags]
 
 
-def start(out, *flags, ranks=1, **how):
+def start(out, *flags, ranks=1):
     """A run in a process group of its own, its output as text."""
     return subprocess.Popen(command(out, *flags, ranks=ranks), cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True, **how)
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def ended(process):
@@ -100,7 +100,7 @@ def kill_runs(whole):
 
 
 def signals(whole):
-    """SIGTERM and Ctrl-C: the run ends after its step, with a checkpoint; a second one at once."""
+    """SIGTERM and Ctrl-C: the run ends after its step, with a checkpoint."""
     for ranks, (wanted, _) in whole.items():
         for number in (signal.SIGTERM, signal.SIGINT):
             out = f"{folder}/signal"
