@@ -66,7 +66,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
                      entropy_share=0.2, delta=3.0, figures=None):
     """The advantage of every response token of ONE group, (n,), a constant of the step.
 
-    group: data.Group; old: Old. figures: figures.Figures, notes what a variant does; or None.
+    group: data.Group; old: Old. figures: metrics.Figures, notes what a variant does; or None.
 
     grpo           A_i for all tokens of response i
     pos_only       negative A_i are 0; the loss goes on counting those tokens
@@ -219,11 +219,22 @@ def dagrpo_margins(score, advantage):
     return margin
 
 
+def dagrpo_threshold(groups, delta=None, advantage_norm="std"):
+    """delta in points. "q0.25": the margin that the lowest 25% of the responses that have one do
+    not reach, over a step's groups; nan if none has. None: 3."""
+    if not isinstance(delta, str):
+        return 3.0 if delta is None else delta
+    margins = [dagrpo_margins(g.score, group_advantages(g.reward, advantage_norm)) for g in groups]
+    margins = sorted(x for of_group in margins for x in of_group if np.isfinite(x))
+    return float(margins[int(float(delta[1:]) * len(margins))]) if margins else np.nan
+
+
 def dagrpo_masks(score, advantage, delta=3.0, figures=None):
     """lambda of every response, 0 or 1, (G,): 1[margin >= delta], and 1 in a group not judged."""
     margin = dagrpo_margins(score, advantage)
     mask = np.where(np.isnan(margin) | (margin >= delta - 1e-5), 1.0, 0.0)  # 9.1 - 6.1 is 3 apart
     if figures is not None and np.isfinite(margin).any():
+        figures.mean("dagrpo/delta", delta)
         figures.mean("dagrpo/lambda_pos", mask, where=advantage > 0)
         figures.mean("dagrpo/lambda_neg", mask, where=advantage < 0)
         figures.mean("dagrpo/margin", margin, where=np.isfinite(margin))

@@ -146,7 +146,7 @@ def settings_for(function, config):
 def check(settings, known, ranges, infinite=""):
     """End the program if a setting has a value that no run can use.
     known: {key: a tuple of the values it may have and of their types, or a list of those that the
-    setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, which None passes.
+    setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, of numbers.
     infinite: keys of numbers that may be infinite."""
     types = {float: "a number", int: "a whole number", str: "a text"}
     for key, values in known.items():
@@ -164,7 +164,7 @@ def check(settings, known, ranges, infinite=""):
         sign, limit = bound.split()
         for key in keys.split():
             value = settings.get(key)
-            if value is not None and not holds[sign](value, float(limit)):
+            if isinstance(value, (int, float)) and not holds[sign](value, float(limit)):
                 die(f"{key}: {value!r} is not {bound}")
     ranks, tp = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.get("tp", 1)
     if ranks % tp:

@@ -39,6 +39,11 @@ class Group:
     def lengths(self):
         return [len(r) for r in self.responses]
 
+    @property
+    def right(self):
+        """(G,) bool, rollouts that are right; demonstrations are none."""
+        return (self.reward == 1) & ~self.is_anchor
+
     def part(self, first, stop):
         """The responses first to stop - 1, as a group."""
         some = {name: getattr(self, name)[first:stop] for name in PER_RESPONSE}
@@ -98,10 +103,8 @@ TESTS = ("aime24 aime25 amc23 amc83 math500 minerva_math olympiadbench arc_c gpq
          "mmlu_pro gsm8k").split()
 SETS = {(name, "test"): name for name in TESTS} | {
     ("mmlu_pro", "test"): "mmlu_pro_500",
-    ("gsm8k", "test"): "gsm8k_test",
-    ("gsm8k", "train"): "gsm8k_train",
-    ("math", "train"): "math_lvl3to5_12k_split",
-    ("deepscaler", "train"): "deepscaler_sub",
+    ("gsm8k", "test"): "gsm8k_test", ("gsm8k", "train"): "gsm8k_train",
+    ("math", "train"): "math_lvl3to5_12k_split", ("deepscaler", "train"): "deepscaler_sub",
     ("openr1-math-46k-8192", "train"): "openr1-math-46k-8192",
 }
 
@@ -178,14 +181,14 @@ def epoch_order(size, seed, epoch):
 
 def load_demos(problems, dataset, path=None):
     """Demonstrations of every problem, a list of lists of texts: its own "solution", or those of
-    the JSON Lines file `path` with the same `problem`."""
+    the JSON Lines file `path` with the same `problem`, each once."""
     if path and not os.path.isfile(path):
         die(f"demos: {path} is not a file")
     of_problem = {}
     for row in _read_problems(path, "demos", "solution") if path else problems:
         if isinstance(row.get("solution"), str):
             of_problem.setdefault(_text(row), []).append(row["solution"])
-    demos = [of_problem.get(_text(row), []) for row in problems]
+    demos = [[*dict.fromkeys(of_problem.get(_text(row), ()))] for row in problems]
     return demos if any(demos) else die(f"demos: no problem of {dataset} has a solution")
 
 
@@ -199,7 +202,7 @@ def share_out(function, items):
 
 def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
     """Set row["solution"] to the first right demonstration that is short enough to be trained on,
-    else the first right one, or None; and row["anchor"]: is it short enough? All ranks call."""
+    else the first right one, or None. Returns the short ones, {problem: {text: nan}}. All call."""
     def choose(share):
         items = [(text, row) for row, _, texts in share for text in texts]
         verdicts = iter(grade_all(items))
@@ -207,15 +210,42 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
             right = [text for text in texts if next(verdicts)]
             short = [text for text in right
                      if len(encode_anchor(tokenizer, prompt, text, end)) <= max_response_tokens]
-            yield dict(row, solution=(short + right + [None])[0], anchor=bool(short))
+            yield dict(row, solution=(short + right + [None])[0]), dict.fromkeys(short, np.nan)
 
-    problems[:] = share_out(choose, list(zip(problems, prompts, demos)))
-    right = [row for row in problems if row["solution"] is not None]
-    print0(f"demonstrations: {len(right)} of {len(problems)} problems have a right one, "
-           f"{sum(row['anchor'] for row in right)} one that is short enough to be an anchor")
+    problems[:], short = zip(*share_out(choose, list(zip(problems, prompts, demos))))
+    right = sum(row["solution"] is not None for row in problems)
+    anchors = {row["problem"]: texts for row, texts in zip(problems, short) if texts}
+    print0(f"demonstrations: {right} of {len(problems)} problems have a right one, "
+           f"{sum(map(bool, short))} one that is short enough to be an anchor")
     if not right:
         die(f"demos: all {sum(map(len, demos))} demonstrations are wrong, their last box is not "
             "the answer")
+    return anchors
+
+
+def right_answers(groups, step, most):
+    """Rows of a step's right rollouts, `most` of a group: those that demos="self" remembers."""
+    return [{"problem": g.row["problem"], "solution": text, "step": step} for g in groups
+            for text in [t for t, is_right in zip(g.texts, g.right) if is_right][:most]]
+
+
+def remember(anchor_texts, rows, most):
+    """Put right answers (rows of `right_answers`) before those of the same problem in anchor_texts,
+    {problem: {text: the step that it is of}}, and leave the `most` newest. Returns anchor_texts."""
+    for row in rows:
+        known = anchor_texts.get(row["problem"], {})
+        known.pop(row["solution"], None)
+        newest = [(row["solution"], row["step"]), *known.items()]
+        anchor_texts[row["problem"]] = dict(newest[:most])
+    return anchor_texts
+
+
+def choose_anchors(problem, anchor_texts, anchors, anchor_share, seed):
+    """At most `anchors` demonstrations of a problem, a list of texts. A hash leaves problems out:
+    about the share anchor_share of them has any. anchor_texts: as of `verify_demos`."""
+    if not anchors or random.Random(f"{seed} {problem}").random() >= anchor_share:
+        return []
+    return [*anchor_texts.get(problem, ())][:anchors]
 
 
 def end_token(tokenizer, model):
@@ -238,17 +268,18 @@ def encode_anchor(tokenizer, prompt, text, end):
     return np.array(ids + [end], np.int32)
 
 
-def with_anchor(group, ids, replace):
-    """The group with its demonstration (ids, of row["solution"]) as its last response, correct and
-    not sampled, in place of the last rollout or as one more."""
-    anchor = dict(
-        responses=ids, rollout_logp=np.zeros(len(ids), np.float32), texts=group.row["solution"],
-        truncated=False, reward=1, is_anchor=True, score=np.nan)
-    for field, value in anchor.items():
+def with_anchors(group, texts, ids, most):
+    """The group with demonstrations (texts, and their token ids) as its last responses, correct and
+    not sampled, in place of the rollouts that would make it larger than `most`."""
+    k = len(texts)
+    added = dict(
+        responses=ids, rollout_logp=[np.zeros(len(x), np.float32) for x in ids], texts=texts,
+        truncated=[False] * k, reward=[1] * k, is_anchor=[True] * k, score=[np.nan] * k)
+    for field, values in added.items():
         old = getattr(group, field)
-        new = [*old[:len(old) - replace], value]
-        anchor[field] = new if isinstance(old, list) else np.array(new, old.dtype)
-    return dataclasses.replace(group, **anchor, weight=None)
+        new = [*old[:most - k], *values]
+        added[field] = new if isinstance(old, list) else np.array(new, old.dtype)
+    return dataclasses.replace(group, **added, weight=None)
 
 
 # ---- prompts: how a set's problems are put to a model, if not as BOXED ---------------------------

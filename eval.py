@@ -66,13 +66,6 @@ def bootstrap(sets, seed=0, draws=10_000):
     return [float(np.mean([np.mean(values) for values in sets])), *interval.tolist()]
 
 
-def mcnemar(only_a, only_b):
-    """Exact two-sided p-value that two models differ, from the problems that only one solved."""
-    total = only_a + only_b
-    tail = sum(math.comb(total, i) for i in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**total)
-
-
 def summarize(rows):
     """A set's figures from the rows of its file: of each problem, and `bootstrap` over them."""
     n = len(rows[0]["correct"])
@@ -87,7 +80,7 @@ def summarize(rows):
 
 
 def compare_files(*paths):
-    """Print the difference of two files of responses, its 95% interval and McNemar's test."""
+    """Print the difference of two files of responses and its 95% interval."""
     solved = []  # of each file {problem: share of its responses that are correct}
     try:
         for path in paths:
@@ -100,13 +93,9 @@ def compare_files(*paths):
     if not both:
         die(f"compare: no problem is in both {' and '.join(paths)}")
     x, y = np.array(both).T
-    gain = y - x
-    mean, low, high = bootstrap([gain])
+    mean, low, high = bootstrap([y - x])
     print0(f"{len(both)} problems in both: first {x.mean():.1%}, second {y.mean():.1%}")
     print0(f"difference {mean:+.1%}, 95% {low:+.1%} to {high:+.1%} (paired bootstrap)")
-    if {*x, *y} <= {0, 1}:  # one response a problem
-        only = [*gain].count(-1), [*gain].count(1)
-        print0(f"solved by one only {only}, McNemar's exact p = {mcnemar(*only):.3g}")
 
 
 # ---- what to evaluate ----------------------------------------------------------------------------

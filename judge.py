@@ -1,6 +1,7 @@
 """DaGRPO's judge: scores in [1, 10] for responses, against a demonstration of the same problem.
 
-"rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o).
+"rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o);
+"random" draws a score, the control. Noise on a judge's scores says how good it must be.
 arXiv 2512.06337 has the criteria; PROMPT is ours."""
 import hashlib
 import json
@@ -25,6 +26,7 @@ RETRIES = 2         # times that a reply without a score, or none, is asked for 
 TIMEOUT = 60.0      # seconds a server may be silent, after which it is tried once more
 CONCURRENCY = 32    # requests to a server at once, per rank
 FAILURES = 32       # in a row, after which a server is taken for gone
+HERE = ("rubric", "random")  # judges that need no server
 
 PROMPT = """You grade a response to a mathematics problem from 1 (worthless) to 10 (as good as the \
 reference solution).
@@ -108,8 +110,8 @@ def connect(url):
 
 def open_judge(judge, judge_model):
     """The name of a server's model, judge_model or the first it lists, after it has answered a
-    question; ends the program if it does not. None for the rubric."""
-    if judge == "rubric":
+    question; ends the program if it does not. None for other judges."""
+    if judge in HERE:
         return None
     try:
         server = connect(judge)
@@ -169,19 +171,32 @@ def _asked_scores(url, model, cache, path, groups):
     return [[cache.get(key, np.nan) for _, key in own] for own in questions]
 
 
-def judge_all_ranks(groups, judge, model=None, cache=None, out_dir=None):
-    """Set the score (G,) of the groups that have a demonstration by judge "rubric" or an address.
+def draws(group, seed):
+    """A random generator for each response of a group, the same for the same text."""
+    keys = [judge_prompt(group.row, text)[1] for text in group.texts]
+    return [np.random.default_rng([seed, int(key, 16)]) for key in keys]
+
+
+def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, cache=None,
+                    out_dir=None):
+    """Set the score (G,) of the groups that have a demonstration by a judge of HERE or an address.
     All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
-    file of out_dir. Returns counts: different responses (asked), groups that are trained without
-    masks since they lack a score (groups_failed) or a demonstration (without_demo)."""
+    file of out_dir. judge_noise: its standard deviation in points; scores stay in [1, 10]. Returns
+    counts: different responses (asked), groups that are trained without masks since they lack a
+    score (groups_failed) or a demonstration (without_demo)."""
     shown = [g for g in groups if g.row.get("solution")]
     if judge == "rubric":
         scores = [map(partial(rubric_score, g.row), g.texts, g.reward, g.truncated) for g in shown]
+    elif judge == "random":
+        scores = [[rng.uniform(1, 10) for rng in draws(g, seed)] for g in shown]
     else:
         path = f"{out_dir}/judge_{dist.get_rank()}.jsonl"
-        scores = share_out(partial(_asked_scores, judge, model, cache, path), shown)
+        scores = share_out(partial(_asked_scores, judge, judge_model, cache, path), shown)
     for g, own in zip(shown, scores):
         g.score = np.array(list(own), np.float32)
-    return {"judge/asked": sum(len(set(g.texts)) for g in shown),
-            "judge/groups_failed": sum(bool(np.isnan(g.score).any()) for g in shown),
+        if judge_noise:
+            g.score += [rng.normal(0, judge_noise) for rng in draws(g, seed)]
+            g.score.clip(1, 10, out=g.score)
+    failed = sum(bool(np.isnan(g.score).any()) for g in shown)
+    return {"judge/asked": sum(len(set(g.texts)) for g in shown), "judge/groups_failed": failed,
             "judge/without_demo": len(groups) - len(shown)}

@@ -9,8 +9,8 @@ question alone, with the trainer's loss and optimizer, and is put back. Delta(x)
 correct responses of ln pi'(y|x) - ln pi(y|x) (eq. 2).
 
 Leaves in out_dir: groups.jsonl (token ids), questions.jsonl (a row a question), summary.md and
-.json, delta.png, tokens.html (Fig. 3), overlap.png (do the methods pick the same tokens?). Stopped
-and started again, it goes on; other settings of the update keep the samples."""
+.json, delta.png, tokens.html (Fig. 3); bench/overlap.py says whether the methods pick the same
+tokens. Stopped and started again, it goes on; other settings of the update keep the samples."""
 import copy
 import itertools
 import json
@@ -19,14 +19,13 @@ from pathlib import Path
 from rollout import build_engine, sample_batch, sleep_engine  # before torch
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from tqdm import trange
 
 import advantages
 import model_utils
-from advantages import VARIANTS, Old, as_many, gwhes, influence, nthr_select, threshold
+from advantages import VARIANTS, Old, gwhes, influence, nthr_select
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
@@ -176,21 +175,8 @@ def measure(index):
                  "surprisal": -old.logp, "selected_tokens": selected}
     for key, x in of_tokens.items():
         row[key] = [part.tolist() for part in x.split(lengths)]
-    # incorrect tokens that are picked: NTHR's, THR's negative ones, and as many as NTHR's by others
-    chance = torch.rand(len(s), generator=torch.Generator().manual_seed(index)).to(device)
-    by_thr = wrong & (s_mean > threshold(s_mean, group, nthr_beta))
-    others = [as_many(selected, x, lengths) for x in (old.entropy, -old.logp, chance)]
-    sets = torch.stack([selected, by_thr, *others]).double()
-    both, sizes = sets @ sets.T, sets.sum(1)
-    scores = torch.stack([s, s_mean, old.entropy, -old.logp], 1)[wrong]
-    correlation = pd.DataFrame(scores.numpy(force=True)).corr("spearman").fillna(1.0)
-    return row | {
-        "jaccard": (both / (sizes + sizes[:, None] - both)).tolist(),
-        "correlation": correlation.to_numpy().tolist(),
-        "gwhes": gwhes(exact, negative, group).nanmean().item(),
-        "tau": tau.item(),
-        "selected": (selected.sum() / wrong.sum()).item(),
-    }
+    return row | {"correct": right.tolist(), "selected": (selected.sum() / wrong.sum()).item(),
+                  "gwhes": gwhes(exact, negative, group).nanmean().item(), "tau": tau.item()}
 
 
 for first in trange(len(done), len(groups), world_size, desc="lld", disable=not is_rank0()):
@@ -203,8 +189,6 @@ for first in trange(len(done), len(groups), world_size, desc="lld", disable=not 
 
 columns = {key: np.array([row[key] for row in done])
            for key, x in done[0].items() if isinstance(x, float)}
-OVERLAPS = {"jaccard": ("nthr", "thr < 0", "entropy", "logp", "random"),
-            "correlation": ("s", "-thr", "entropy", "-logp")}
 
 
 def summarize():
@@ -225,25 +209,7 @@ def summarize():
         if k <= len(done):
             name = f"{k} of {len(done)} of smallest delta_grpo, share among largest gwhes"
             figures[name] = np.isin(smallest[:k], largest[:k])
-    for what, names in OVERLAPS.items():
-        values = np.array([row[what] for row in done])
-        for i, j in itertools.combinations(range(len(names)), 2):
-            figures[f"{what}: {names[i]}, {names[j]}"] = values[:, i, j]
-    figures = {name: x[~np.isnan(x)] for name, x in figures.items()}  # NTHR may select nothing
-    return {name: bootstrap([x], seed) for name, x in figures.items() if len(x)}
-
-
-def heat_map():
-    """Which tokens of incorrect responses the methods pick, and how their scores rank them."""
-    fig, axes = subplots(2)
-    for ax, (what, names) in zip(axes.flat, OVERLAPS.items()):
-        mean = np.nanmean([row[what] for row in done], axis=0)
-        ax.imshow(mean, vmin=-1, vmax=1, cmap="RdBu_r", alpha=0.6)
-        ax.set(title=what, xticks=range(len(names)), xticklabels=names,
-               yticks=range(len(names)), yticklabels=names)
-        for (i, j), x in np.ndenumerate(mean):
-            ax.text(j, i, f"{x:.2f}", ha="center", va="center")
-    save_figure(fig, f"{out_dir}/overlap.png")
+    return {name: bootstrap([x], seed) for name, x in figures.items()}
 
 
 def picture():
@@ -289,7 +255,6 @@ if is_rank0():
     write_json(f"{out_dir}/summary.json", summary)
     write_whole(f"{out_dir}/summary.md", text)
     write_whole(f"{out_dir}/tokens.html", page())
-    heat_map()
     picture()
     print0(f"{text}\nwrote {out_dir}/: summary.md, tokens.html, delta.png and more")
 dist.barrier()

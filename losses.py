@@ -76,7 +76,6 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
         figures.max("gap/max", gap, where=sampled)
         figures.mean("gap/importance", importance, where=sampled)
         figures.max("gap/importance_max", importance, where=sampled)
-        figures.mean("anchor/logp", logp.detach(), where=batch.is_anchor)
         if kl_coef:
             figures.mean("train/kl", kl.detach(), where=sampled)
         if llds:

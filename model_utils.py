@@ -205,7 +205,6 @@ def pack(groups):
 
     lengths = [n for g in groups for n in g.lengths]
     anchor = np.concatenate([g.is_anchor for g in groups])
-    reward = np.concatenate([g.reward for g in groups])
     sizes = [n for _, n in segments]
     segment = [(np.full(n, s), np.full(n, parent)) for s, (parent, n) in enumerate(segments)]
     return MicroBatch(
@@ -217,7 +216,7 @@ def pack(groups):
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
         weight=joined([np.repeat(g.weight, g.lengths) for g in groups], torch.float32),
         is_anchor=joined([np.repeat(anchor, lengths)], torch.bool),
-        correct=joined([(reward == 1) & ~anchor], torch.bool),
+        correct=joined([g.right for g in groups], torch.bool),
         kv_index=joined(keys),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),

@@ -1,8 +1,7 @@
 """Pictures, as PNG: the curves of a run, several runs together.
 
     python plot.py out/a out/b ...     runs that differ in their seed alone become one curve: mean,
-                                       and a band from the lowest to the highest seed; runs.png
-"""
+                                       and a band from the lowest to the highest seed; runs.png"""
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from configurator import die
-from runs import read_metrics
+from runs import read_rows
 
 # The panels: title, and the keys of metrics.jsonl that it shows; of several runs the first alone.
 PANELS = """\
@@ -22,6 +21,7 @@ gradient norm; share of clipped tokens: train/grad_norm train/clip_fraction
 change of right responses' log-likelihood; share that fell: displacement/mean displacement/fell
 share of incorrect tokens that are spared: nthr/selected
 shares of masks, of groups: dagrpo/lambda_pos dagrpo/lambda_neg dagrpo/fully_masked anchor/hard
+log-likelihood a token; share under 1%: anchor/logp anchor/logp_right anchor/unlikely
 seconds: time/step time/rollout time/judge time/old_policy time/update time/sync"""
 
 
@@ -44,7 +44,7 @@ def read_runs(folders):
         try:
             with open(f"{folder}/run_config.json") as f:
                 configs.append(json.load(f))
-            runs.append(read_metrics(folder) or die(f"{folder}: a run without a row"))
+            runs.append(read_rows(folder) or die(f"{folder}: a run without a row"))
         except (OSError, ValueError) as e:
             die(f"{folder}: not a run with run_config.json and metrics.jsonl: {e}")
     differ = [key for key in configs[0] if key not in ("seed", "out_dir", "resume")

@@ -6,8 +6,7 @@
     sync_weights(engine, hf_model)              the trainer's weights, before the next rollout
 
 Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a response again.
-Every response is sampled with a seed of its own, so that it depends on nothing sampled beside it.
-"""
+Every response is sampled with a seed of its own, so it depends on nothing sampled beside it."""
 import math
 import os
 import warnings
@@ -37,7 +36,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from configurator import die, is_rank0
-from data import Group, data_index, encode_anchor, mixed, with_anchor
+from data import Group, choose_anchors, data_index, encode_anchor, mixed, with_anchors
 from grader import grade_all
 from model_utils import full
 
@@ -101,7 +100,7 @@ OPEN, DROPPED, ACCEPTED = 0, 1, 2
 def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompts_per_step,
                  group_size, temperature, max_response_tokens, oversample=1.0,
                  max_rounds=8, dynamic_sampling=True, wanted=mixed, shuffle=True, tp=1,
-                 anchors=0, anchor_mode="replace", anchor_hard_only=False, end=None,
+                 anchors=0, anchor_share=1.0, anchor_hard_only=False, anchor_texts=None, end=None,
                  progress=False):
     """Groups of graded responses until `prompts_per_step` of them are `wanted` ([DAPO]).
 
@@ -113,12 +112,12 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     dynamic_sampling every group is accepted. A response depends on seed, its prompt's position and
     its own number. Temperature 0 is greedy.
 
-    anchors: a demonstration joins every group whose problem has one (row["anchor"]) in place of a
-    rollout or as one more (anchor_mode), or only those without a correct rollout
-    (anchor_hard_only), before the group is accepted or not. end: data.end_token.
+    anchors: at most so many demonstrations (data.choose_anchors) take the places of rollouts if the
+    problem has some, or only if no rollout is correct (anchor_hard_only), before the group is
+    accepted or not. end: data.end_token.
 
     All ranks call together and get the same: (accepted groups, all groups looked at, new position,
-    tokens sampled in vain)."""
+    prompts issued in vain)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -132,9 +131,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
         order = [data_index(position + i, len(problems), seed) for i in order]
     # vLLM counts a request's seeds on from the first: prompts are kept apart
     seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]
-    joins = [bool(anchors and problems[p]["anchor"]) for p in order]
-    # the rollout that a demonstration replaces in any case need not be sampled
-    replaced = anchor_mode == "replace" and not anchor_hard_only
+    joining = [choose_anchors(problems[p]["problem"], anchor_texts, anchors, anchor_share, seed)
+               for p in order]
     sampling = partial(  # of each sampled token its log-probability, no text
         SamplingParams, temperature=temperature, logprobs=0, flat_logprobs=True,
         detokenize=False, max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -144,19 +142,18 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                              [prompts[order[i]] for i in outputs], outputs.values(),
                              [seeds[i] for i in outputs])
         for at, (i, group) in enumerate(zip(outputs, groups)):
-            if joins[i] and not (anchor_hard_only and group.reward.any()):
-                ids = encode_anchor(tokenizer, group.prompt, group.row["solution"], end)
-                full_group = len(group.responses) == group_size
-                groups[at] = with_anchor(group, ids, full_group and anchor_mode == "replace")
+            if joining[i] and not (anchor_hard_only and group.reward.any()):
+                ids = [encode_anchor(tokenizer, group.prompt, text, end) for text in joining[i]]
+                groups[at] = with_anchors(group, joining[i], ids, group_size)
         return zip(outputs, groups)
 
     owner = []                              # the engine of every prompt issued
     state = np.zeros(max_prompts, np.int8)  # of every prompt, the same on all ranks
-    requests, tokens, graded = {}, {}, {}   # of this engine's prompts: vLLM's name, tokens, group
+    requests, graded = {}, {}               # of this engine's prompts: vLLM's name, group
     finished, grading = {}, []              # outputs by prompt, then futures of their groups
     engine.reset_prefix_cache()             # never another policy's keys and values
-    bar = tqdm(total=max_prompts, desc="prompts", leave=False,
-               disable=not (progress and is_rank0()))
+    hidden = not (progress and is_rank0())
+    bar = tqdm(total=max_prompts, desc="prompts", leave=False, disable=hidden)
     with ThreadPoolExecutor(1) as grader:   # grades while the engine goes on
         while True:
             # enough?
@@ -175,13 +172,13 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                 load[owner[i]] += 1
                 if owner[i] == mine:
                     ids = {"type": "token", "prompt_token_ids": prompts[order[i]].tolist()}
-                    params = sampling(n=group_size - (replaced and joins[i]), seed=seeds[i])
+                    count = group_size - (0 if anchor_hard_only else len(joining[i]))
+                    params = sampling(n=count, seed=seeds[i])
                     requests[i] = core.add_request(str(i), ids, params)
             # sample
             for _ in range(LOOK_EVERY):
                 for out in core.step() if core.has_unfinished_requests() else ():
                     finished[int(out.request_id)] = out.outputs
-                    tokens[int(out.request_id)] = sum(len(o.token_ids) for o in out.outputs)
             # grade; a GPU does not wait, on a CPU runs repeat to the bit
             grading.append(grader.submit(grade, finished if grades else {}))
             finished = {}
@@ -194,18 +191,11 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
 
     bar.close()
     seen = int(accepted[-1]) + 1 if len(accepted) == prompts_per_step else closed
-    in_work = core.output_processor
-    wasted = sum(count for i, count in tokens.items() if i >= seen)
-    wasted += sum(r.detokenizer.num_output_tokens() for r in in_work.request_states.values())
-    wasted += sum(len(o.token_ids) for request in in_work.parent_requests.values()
-                  for o in request.output_aggregator if o)
     core.abort_request([name for i, name in requests.items() if i >= seen], internal=True)
     shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, (wasted, {i: g for i, g in graded.items() if i < seen}))
-    shares = shares[::tp]  # one an engine
-    sampled = [shares[owner[i]][1][i] for i in range(seen)]
-    wasted = sum(count for count, _ in shares)
-    return [sampled[i] for i in accepted], sampled, position + seen, wasted
+    dist.all_gather_object(shares, {i: g for i, g in graded.items() if i < seen})
+    sampled = [shares[owner[i] * tp][i] for i in range(seen)]
+    return [sampled[i] for i in accepted], sampled, position + seen, len(owner) - seen
 
 
 # ---- the trainer's weights, and the GPU's memory -------------------------------------------------
@@ -214,6 +204,7 @@ def sleep_engine(engine):
     """Give the GPU to the trainer: the KV cache is dropped, the weights go to host memory. CUDA."""
     if torch.cuda.is_available():
         engine.sleep(1)
+        torch.cuda.reset_peak_memory_stats()
 
 
 def sync_weights(engine, model):

@@ -72,12 +72,12 @@ def free_name(stem):
     return next(f"{stem}{i}" for i in itertools.count(1) if not os.path.exists(f"{stem}{i}"))
 
 
-def log(out_dir, row, samples=()):
-    """Append a step's row to metrics.jsonl, and rows to samples.jsonl, whole or not. Rank 0.
+def log(out_dir, **files):
+    """Append rows to files: metrics=[...] are those of metrics.jsonl, whole or not at all. Rank 0.
     JSON has no nan and no infinities: they become null."""
-    for name, rows in (("metrics", [row]), ("samples", samples)):
+    for name in filter(files.get, files):  # those with rows
         rows = [{key: None if isinstance(x, float) and not math.isfinite(x) else x
-                 for key, x in r.items()} for r in rows]
+                 for key, x in r.items()} for r in files[name]]
         text = "".join(json.dumps(r) + "\n" for r in rows).encode()
         with open(f"{out_dir}/{name}.jsonl", "ab", buffering=0) as f:
             end = f.tell()
@@ -86,9 +86,9 @@ def log(out_dir, row, samples=()):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f.name)
 
 
-def read_metrics(out_dir):
-    """Rows of a run's metrics.jsonl, none before the first."""
-    path = Path(out_dir, "metrics.jsonl")
+def read_rows(out_dir, name="metrics"):
+    """Rows of a file that a run logs to, metrics.jsonl; none before the first."""
+    path = Path(out_dir, f"{name}.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -103,7 +103,7 @@ def check_folder(path):
 
 
 STEPS = "step_" + "[0-9]" * 6
-LOGS = ("metrics.jsonl", "samples.jsonl", "run_config.json")
+LOGS = ("metrics.jsonl", "samples.jsonl", "right_answers.jsonl", "run_config.json")
 OURS = (*LOGS, "judge_*.jsonl", "curves.png", "eval", "bad_step_*.pt", STEPS)
 
 

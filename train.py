@@ -5,26 +5,25 @@
     python train.py config/quickstart.py --resume               from the newest whole checkpoint
 
 Settings are the globals below; config files and flags override them (configurator.py)."""
-import math
+import re
 import time
 
 import rollout  # before torch, whose threads it sets
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import advantages
 import data
 import losses
+import metrics
 import model_utils
 import runs
 from advantages import Old, response_advantages, token_advantages
 from configurator import check, configure, die, is_rank0, print0, settings_for
-from figures import Figures, find_alarms, rollout_figures, speed_figures, step_line
-from judge import judge_all_ranks, open_judge, read_cache
+from judge import HERE, judge_all_ranks, open_judge, read_cache
 from losses import policy_loss
-from memory import estimate_memory, vllm_share
+from memory import held_memory, vllm_share
 from plot import plot_runs, read_runs
 
 # model and data
@@ -68,12 +67,13 @@ clip_high = 0.2               # 0.28: clip-higher (DAPO)
 tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3); 0: not
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
-demos = None                  # JSON Lines file: `problem`, `solution`; None: the set's own
-judge = "rubric"              # of dagrpo: "rubric", or a server's "http://host:port/v1"
+demos = None                  # a file; None: the set's own; "self": what this run got right before
+judge = "rubric"              # of dagrpo: "rubric", "random", or a server's "http://host:port/v1"
 judge_model = None            # of a server; None: the first it lists
-delta = 3.0                   # points of 1 to 10 that tell a response from those of the other sign
-anchors = 0                   # demonstrations in a group, 0 or 1
-anchor_mode = "replace"       # "replace" one of the group_size rollouts, or "add" to them
+judge_noise = 0.0             # standard deviation of what is added to its scores, points
+delta = None                  # points to the other sign, None: 3; "q0.25": a quarter has too few
+anchors = 0                   # demonstrations in a group at most, in place of rollouts
+anchor_share = 1.0            # share of the problems that get any, by a hash
 anchor_hard_only = False      # only in groups without a correct rollout
 anchor_loss = "luffy"         # of their tokens: "luffy" or "logp": losses.anchor_losses
 # optimization
@@ -106,8 +106,8 @@ check(
     config,
     dict(variant=advantages.VARIANTS, nthr_eta=(*advantages.ETAS, float),
          nthr_vocab=("response", "full"), advantage_norm=("std", "mean", "sign"),
-         loss=losses.LOSSES, loss_norm=("group", "response", "token", "constant"), anchors=(0, 1),
-         anchor_mode=("replace", "add"), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
+         loss=losses.LOSSES, loss_norm=("group", "response", "token", "constant"),
+         delta=(None, float, str), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
          compute_dtype=DTYPES, rollout_dtype=DTYPES, on_full_disk=("stop", "go on"),
          max_num_seqs=(None, int), gpu_memory_utilization=(None, float),
          eval_dataset=TEXTS, system_prompt=TEXTS, demos=TEXTS, judge_model=TEXTS),
@@ -115,18 +115,20 @@ check(
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
             "gpu_memory_utilization entropy_share max_bad_steps",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
-             "weight_decay samples_per_step tis_cap llds",
-     ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "<= 1": "entropy_share",
-     "< 1": "gpu_memory_utilization", "<= 0.01": "learning_rate"},
+             "weight_decay samples_per_step tis_cap llds anchors anchor_share judge_noise",
+     ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "< 1": "gpu_memory_utilization",
+     "<= 1": "entropy_share anchor_share", "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
     infinite="nthr_beta oversample clip_high tis_cap grad_clip")
-if nthr_beta == math.inf:
-    die("nthr_beta: inf selects nothing; -inf all")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
-if judge != "rubric" and not judge.startswith(("http://", "https://")):
-    die(f"judge: {judge!r} is neither rubric nor an address, http://host:port/v1")
+if judge not in HERE and not judge.startswith(("http://", "https://")):
+    die(f"judge: {judge!r} is neither rubric nor random nor an address, http://host:port/v1")
 if {"@", "?"} & {*judge}:
     die("judge: an address is printed and saved: leave a key to JUDGE_API_KEY")
+if isinstance(delta, str) and not re.fullmatch(r"q0?\.\d+", delta):
+    die(f"delta: {delta!r} is neither points nor a share under 1, q0.25")
+if anchors >= group_size:
+    die(f"anchors: {anchors} is not less than {group_size=}")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide {prompts_per_step=}")
 start = runs.newest_checkpoint(out_dir) if resume else None
@@ -140,8 +142,11 @@ if eval_dataset:
     whole_set = data.load_problems(eval_dataset, "test", "eval_dataset", data_dir)
     test_problems = whole_set[:eval_problems]
 problems = data.drop_evaluated(problems, dataset, data_dir, test_problems)
-judged = variant == "dagrpo"
-demonstrations = data.load_demos(problems, dataset, demos) if judged or anchors else None
+judged, from_self = variant == "dagrpo", demos == "self"
+config["anchor_hard_only"] |= from_self
+demonstrations = None
+if judged or anchors and not from_self:
+    demonstrations = data.load_demos(problems, dataset, None if from_self else demos)
 tokenizer, hf_config = data.load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 if hf_config.num_attention_heads % tp:
@@ -165,23 +170,26 @@ dist.all_gather_object(seen, (len(problems), step))
 if len(set(seen)) > 1:
     die(f"dataset, resume: the ranks have different numbers of problems, or steps: {seen}")
 end = data.end_token(tokenizer, model)
+anchor_texts = {}  # {problem: {text: the step that it is of}}
 if demonstrations:
-    data.verify_demos(tokenizer, problems, prompts, demonstrations, max_response_tokens, end)
-    if anchors and not any(row["anchor"] for row in problems):
+    anchor_texts = data.verify_demos(
+        tokenizer, problems, prompts, demonstrations, max_response_tokens, end)
+    if anchors and not anchor_texts and not from_self:
         die(f"anchors: all demonstrations are longer than {max_response_tokens=}")
 if judged:
-    judge_model = open_judge(judge, judge_model)
+    config["judge_model"] = open_judge(judge, judge_model)
 if is_rank0():
     lock = runs.lock_folder(out_dir)
     runs.open_run(out_dir, config, start)
 dist.barrier()
+if from_self:
+    anchor_texts = data.remember({}, runs.read_rows(out_dir, "right_answers"), anchors)
 
 compute = getattr(torch, compute_dtype if compute_dtype != "auto" else
                   "bfloat16" if on_cuda else "float32")
 if on_cuda and gpu_memory_utilization is None:
-    gpu_memory_utilization = vllm_share(device, estimate_memory(
-        hf_config, world_size, parallel, compute.itemsize, kl_coef > 0, tokens_per_micro_batch,
-        activation_checkpointing))
+    gpu_memory_utilization = vllm_share(device, held_memory(
+        hf_config, world_size, parallel, compute.itemsize, kl_coef > 0))
 load_from = start[0] if start else model
 engine = rollout.build_engine(load_from, context, seed, rollout_dtype, gpu_memory_utilization,
                               max_num_seqs, tp)
@@ -205,6 +213,7 @@ if is_rank0():
 scores_known = read_cache(out_dir)  # of the judge, before this run was resumed
 
 of_sampling = settings_for(rollout.sample_batch, config)
+of_judge = settings_for(judge_all_ranks, config)
 of_response = settings_for(response_advantages, config)
 of_variant = settings_for(token_advantages, config)
 of_loss = settings_for(policy_loss, config)
@@ -223,6 +232,7 @@ def ask_old_policy(unit, outs, head, figures):
     logp, advantage = of_unit[0], [of_unit[0].new_zeros(0)]
     for group, *of_group in zip(unit.groups, *(x.split(counts) for x in of_unit)):
         old = Old(*of_group, head, temperature)
+        metrics.note_anchors(figures, group, old)
         advantage.append(token_advantages(group=group, old=old, figures=figures, **of_variant))
     sizes = [len(batch.targets) for batch in unit.batches]
     for batch, *of_batch in zip(unit.batches, logp.split(sizes), torch.cat(advantage).split(sizes)):
@@ -238,22 +248,18 @@ def set_learning_rate(step):
     return lr
 
 
-def write_row(row, groups):
+def write_row(row, groups, answers):
     """Write and print a step's figures, and what the responses of its first groups came to."""
-    row |= speed_figures(row, vllm_bytes)
-    alarms = find_alarms(row, runs.read_metrics(out_dir))
-    samples = [dict(
-        step=row["step"], problem=g.row["problem"], answer=g.row["answer"],
-        prompt=tokenizer.decode(g.prompt), responses=g.texts, reward=g.reward.tolist(),
-        advantage=response_advantages(g, **of_response).tolist(),
-        truncated=g.truncated.tolist(), is_anchor=g.is_anchor.tolist(),
-        score=np.where(np.isnan(g.score), None, g.score).tolist(),
-    ) for g in groups[:samples_per_step]]
+    row |= metrics.speed_figures(row, vllm_bytes)
+    alarms = metrics.find_alarms(row, runs.read_rows(out_dir))
+    samples = [{"step": row["step"], "prompt": tokenizer.decode(g.prompt), **metrics.sample(g),
+                "advantage": response_advantages(g, **of_response).tolist()}
+               for g in groups[:samples_per_step]]
     with runs.or_say_so(out_dir, f"step {row['step']}", on_full_disk):
-        runs.log(out_dir, row, samples)
+        runs.log(out_dir, metrics=[row], samples=samples, right_answers=answers)
         if row.get("train/bad_steps"):
             torch.save(groups, f"{out_dir}/bad_step_{row['step']}.pt")
-    print0("\n".join([step_line(row, max_steps), *alarms]))
+    print0("\n".join([metrics.step_line(row, max_steps), *alarms]))
 
 
 def evaluate(step):
@@ -262,13 +268,10 @@ def evaluate(step):
     groups = rollout.generate_all_ranks(
         engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0,
         max_response_tokens=max_response_tokens, tp=tp)
-    row = {"step": step, "eval/accuracy": data.accuracy(groups),
-           "eval/mean_length": float(np.mean([n for g in groups for n in g.lengths])),
-           "eval/truncated": float(np.mean([g.truncated for g in groups])),
-           "time/eval": time.time() - began}
+    row = {"step": step, **metrics.eval_figures(groups), "time/eval": time.time() - began}
     if is_rank0():
         with runs.or_say_so(out_dir, f"the evaluation of step {step}", on_full_disk):
-            runs.log(out_dir, row)
+            runs.log(out_dir, metrics=[row])
         print0(f"step {step}: greedy accuracy {row['eval/accuracy']:.1%} on {len(groups)} "
                "held-out problems")
 
@@ -297,22 +300,19 @@ while True:
     if step >= max_steps:
         break
     step += 1
-    figures = Figures(device)
+    figures, row = metrics.Figures(device), {"step": step}
 
     # ---- rollout: every rank samples a share, then holds every group
     groups, sampled, position, wasted = rollout.sample_batch(
-        engine, tokenizer, problems, prompts, position, wanted=has_signal, end=end, **of_sampling)
+        engine, tokenizer, problems, prompts, position, wanted=has_signal,
+        anchor_texts=anchor_texts, end=end, **of_sampling)
     figures.lap("rollout")
 
     # ---- judge, while the engine is awake; groups without both outcomes need no scores
     if judged:
-        counts = judge_all_ranks(
-            [g for g in groups if data.mixed(g)], judge, judge_model, scores_known, out_dir)
-        for key, count in counts.items():  # the same on all ranks
-            figures.mean(key, count)
+        row |= judge_all_ranks([*filter(data.mixed, groups)], cache=scores_known, **of_judge)
+        of_variant["delta"] = advantages.dagrpo_threshold(groups, delta, advantage_norm)
     rollout.sleep_engine(engine)
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
     figures.lap("judge")
 
     # ---- pack: an update is a list of units of micro-batches, this rank's share of a mini-batch.
@@ -370,10 +370,12 @@ while True:
     figures.lap("sync")
 
     # ---- one row of figures, over all ranks
-    row = {"step": step, "train/lr": lr, **rollout_figures(groups, sampled, wasted),
-           **figures.all_ranks()}
+    row |= {"train/lr": lr, **figures.all_ranks(),
+            **metrics.rollout_figures(groups, sampled, wasted, step, anchor_texts)}
+    answers = data.right_answers(sampled, step, anchors) if from_self else []
+    data.remember(anchor_texts, answers, anchors)
     if is_rank0():
-        write_row(row, groups)
+        write_row(row, groups, answers)
     bad_steps = bad_steps + 1 if row.get("train/bad_steps") else 0
     if bad_steps == max_bad_steps:
         print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints "

@@ -362,7 +362,7 @@ def rollouts():
     theirs, our = (np.median(of_function[1:]) for of_function in rates.values())
     print(f"LLM.generate {theirs:.0f} tokens/s; sample_batch, graded, {our:.0f} "
           f"({our / theirs:.1%})")
-    line("oversample", "seconds", "groups accepted", "looked at", "tokens", "wasted")
+    line("oversample", "seconds", "groups accepted", "looked at", "tokens", "prompts in vain")
     for oversample in (1.0, 1.5, 3.0):
         began = now()
         made, looked, _, wasted = sampled(max(1, len(problems) // 8), oversample=oversample)

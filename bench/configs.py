@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Qwen2Config
 
 from configurator import configure
-from memory import estimate_memory
+from memory import held_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 # GiB that the driver shows: of an L4 or 4090, L40S, A100 or H100, H200
@@ -40,7 +40,7 @@ NTHR = dict(
     prompts_per_step=256, prompts_per_update=64, kl_coef=1e-4, clip_low=0.2, clip_high=0.2,
     dynamic_sampling=True, advantage_norm="std", loss_norm="group", dataset="math")
 DAGRPO = dict(
-    variant="dagrpo", delta=3.0, anchors=1, anchor_mode="replace", advantage_norm="mean",
+    variant="dagrpo", delta=3.0, anchors=1, advantage_norm="mean",
     loss_norm="constant", kl_coef=0.0, group_size=8, prompts_per_step=128, prompts_per_update=64,
     learning_rate=1e-6, temperature=1.0, judge_model="gpt-4o", dataset="openr1-math-46k-8192")
 # file: (GPUs in its command, (shape, parameters), what the paper states); the rest is chosen
@@ -77,16 +77,49 @@ def load(name):
         return configure(settings, [str(ROOT / f"config/{name}.py")])
 
 
-def fits(settings, ranks, model, params):
-    """(estimate_memory's dict, {card: GiB left for vLLM's keys, values and activations, or None}).
+def update_memory(config, params, ranks=1, parallel="ddp", compute_bytes=2, tokens=8192,
+                  activation_checkpointing=False, head_chunk=512):
+    """What an update takes of one GPU beside weights, moments and reference, GiB by part.
+    tokens: packed tokens of a micro-batch; CUDA's context and fragments come on top."""
+    layers, d = config.num_hidden_layers, config.hidden_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or d // heads
+    head = config.vocab_size * d
+    root = head if config.tie_word_embeddings else 2 * head  # embedding and head
+    is_sharded = parallel == "fsdp"
 
-    None: an update does not fit, or not one group at its longest.
-    """
-    memory = estimate_memory(
-        model, ranks, settings["parallel"], 2, settings["kl_coef"] > 0,
-        settings["tokens_per_micro_batch"], settings["activation_checkpointing"])
-    shards = ranks if settings["parallel"] == "fsdp" else 1
-    assert round(memory["weights"] * 2**30 / 4 * shards) == params
+    # bytes a token that one layer keeps: two norms (input and result), casts for q, k, v, gate and
+    # up, three forms of q and k, v and the gathered keys and values, attention's result, four of
+    # the MLP. Autocast keeps the residual stream's type
+    stream = compute_bytes if is_sharded else 4
+    casts = 5 * d if compute_bytes != stream else 0
+    products = casts + head_dim * (4 * heads + 6 * kv_heads) + 4 * config.intermediate_size
+    layer = 4 * d * stream + products * compute_bytes
+    kept = layers * d * stream + layer if activation_checkpointing else layers * layer
+    copies = params * compute_bytes if compute_bytes != 4 else 0
+    if is_sharded:  # whole, for a time: the root and two layers
+        copies = (root + 2 * (params - root) / layers) * (compute_bytes + 4)
+    out = {
+        "gradients": 4 * params / (ranks if is_sharded else 1),
+        "copies": copies,
+        "activations": tokens * kept,
+        "head": 2 * head_chunk * config.vocab_size * 4 + head * (4 + 3 * compute_bytes),
+    }
+    return {part: x / 2**30 for part, x in out.items()}
+
+
+def fits(settings, ranks, model, params):
+    """({"held": GiB while vLLM samples, "peak": in an update}, {card: GiB left for vLLM's keys,
+    values and activations, or None}). None: an update does not fit, or not one group at its
+    longest."""
+    parallel = settings["parallel"]
+    parts = held_memory(model, ranks, parallel, 2, settings["kl_coef"] > 0)
+    shards = ranks if parallel == "fsdp" else 1
+    assert round(parts["weights"] * 2**30 / 4 * shards) == params
+    update = update_memory(model, params, ranks, parallel, 2, settings["tokens_per_micro_batch"],
+                           settings["activation_checkpointing"])
+    stays = sum(parts[part] for part in ("weights", "moments", "reference"))
+    memory = {"held": sum(parts.values()), "peak": stays + sum(update.values())}
     kv_width = model.num_key_value_heads * model.hidden_size // model.num_attention_heads
     token = 2 * 2 * model.num_hidden_layers * kv_width  # bytes of keys and values
     longest = settings["max_response_tokens"] + 512

@@ -56,7 +56,7 @@ from data import (
 )
 from eval import bootstrap, table
 from model_utils import load_policy
-from runs import read_metrics, write_json, write_jsonl, write_whole
+from runs import read_rows, write_json, write_jsonl, write_whole
 
 out_dir = "out/race"
 trl_python = ".venv-race/bin/python"  # of the environment that has TRL
@@ -143,7 +143,7 @@ def replay_trl(spec):
     by_step = [groups[i * n:(i + 1) * n] for i in range(spec["steps"])]
     updates, policy = replay(by_step, *same(spec), f"--out_dir={out_dir}/replay")
     compared = []
-    for theirs, ours in zip(read_metrics(spec["out_dir"]), updates):
+    for theirs, ours in zip(read_rows(spec["out_dir"]), updates):
         pair = {key: (theirs[f"train/{key}"], ours[key]) for key in ("loss", "grad_norm")}
         compared.append(pair | dict(step=theirs["step"]))
     return compared, movement(spec["model"], f"{spec['out_dir']}/model", policy)
@@ -221,7 +221,7 @@ def prepare():
 
 def steps_of(folder):
     """Rows of a run's steps."""
-    return [r for r in read_metrics(folder) if "time/step" in r]
+    return [r for r in read_rows(folder) if "time/step" in r]
 
 
 def figures(folder, seconds, others):

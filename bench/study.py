@@ -2,6 +2,7 @@
 
     python bench/study.py                                             all of it; it can be stopped
     python bench/study.py --grounds=steps --methods=grpo,nthr --seeds=0,1       a part
+    python bench/study.py --grounds=anchors --methods=grpo,dagrpo,anchor_share=0.25       [DaGRPO]
     python bench/study.py --train=False                               tables of the runs there are
 
 A run is one `train.py` with its own folder, out/study/GROUND_START/METHOD_SEED; one that was
@@ -32,18 +33,12 @@ import numpy as np
 import torch
 
 import model_utils
+import runs
 from configurator import check, configure, die
 from data import STYLES, Group, encode_prompts, load_problems, load_tokenizer
 from eval import pass_at_k, table
 from plot import plot_runs
-from runs import (
-    check_folder,
-    checksum,
-    newest_checkpoint,
-    read_metrics,
-    write_jsonl,
-    write_whole,
-)
+from runs import check_folder, checksum, newest_checkpoint, write_jsonl, write_whole
 
 grounds = "steps,pairs,late"  # of GROUNDS, with commas
 methods = ""                  # of METHODS, with commas; "": those of FIRST
@@ -73,11 +68,17 @@ METHODS = {
     "llds": ["--llds=0.2"],
     "gspo": ["--loss=gspo", "--loss_norm=response", "--clip_low=3e-4", "--clip_high=4e-4"],
 }
+# DaGRPO's own questions: how many anchors, how good a judge, which threshold
+DAGRPO = dict(anchor_share=(0.0, 0.25, 0.5), judge_noise=(1.0, 3.0), judge=("random",),
+              delta=(1, 5, "q0.25", "q0.5"))
+METHODS |= {f"{key}={value}": ["--variant=dagrpo", f"--{key}={value}"]
+            for key, values in DAGRPO.items() for value in values}
 # the config, its problems' kind, the model that it starts from and the train.py that leaves it
 GROUNDS = {
     "steps": ("config/study_steps.py", "sums", "out/study/start/step_000008",
               ["config/dagrpo_quickstart.py", "--out_dir=out/study/start"]),
     "pairs": ("config/quickstart.py", "addition", "models/SmolLM2-135M-Instruct", None),
+    "anchors": ("config/dagrpo_quickstart.py", "sums", "models/SmolLM2-135M-Instruct", None),
     "late": ("config/study_late.py", "addition", "out/study/start_late/step_000022",
              ["config/quickstart.py", "--out_dir=out/study/start_late"]),
 }
@@ -209,7 +210,7 @@ def keep_answers(engine, ground, known, cells, asked):
             answers = {int(i): ids for i, ids in rows["before", 0, known]["answers"].items()}
             _, figures = ask(engine, Path(f"{folder}/done").read_text(), asked, answers)
             row["metrics"] = [{key: r[key] for key in KEPT if key in r}
-                              for r in read_metrics(folder)]
+                              for r in runs.read_rows(folder)]
         rows[method, seed, known] = row | figures
         write_jsonl(f"{results}/{ground}.jsonl", rows.values())
 

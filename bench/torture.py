@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configurator import check, configure, die
 from eval import table
-from runs import checkpoints, checksum, read_metrics
+from runs import checkpoints, checksum, read_rows
 
 model = "models/SmolLM2-135M-Instruct"
 kills = 30                    # moments at which a run is killed, each on one rank and on two
@@ -63,7 +63,7 @@ def leaves(out):
     """What a run leaves, less times: rows, samples and sums of the last checkpoint's files."""
     varies = ("time/", "perf/")
     metrics = [{k: v for k, v in row.items() if not k.startswith(varies)}
-               for row in read_metrics(out)]
+               for row in read_rows(out)]
     samples = Path(out, "samples.jsonl").read_text()
     sums = {name: checksum(f"{checkpoints(out)[0]}/{name}")
             for name in ("model.safetensors", "optimizer.pt")}

@@ -11,9 +11,17 @@ from test_runs import over_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import advantages
-from advantages import Old, as_many, influence, nthr_select, token_advantages
-from figures import Figures
+from advantages import (
+    Old,
+    as_many,
+    influence,
+    nthr_select,
+    response_advantages,
+    token_advantages,
+)
+from data import mixed
 from losses import LOSSES, policy_loss
+from metrics import Figures
 from model_utils import Policy, load_policy
 
 D, V = 7, 19
@@ -337,4 +345,27 @@ def test_masked_groups_and_their_figures(monkeypatch):
     assert masked == [False, True, True, False]
     assert over_ranks(monkeypatch, figures) == pytest.approx({
         "dagrpo/lambda_pos": 0, "dagrpo/lambda_neg": 1 / 3, "dagrpo/fully_masked": 1 / 2,
-        "dagrpo/margin": np.mean([1, 3, 1, 1, 1])})
+        "dagrpo/delta": 3, "dagrpo/margin": np.mean([1, 3, 1, 1, 1])})
+
+
+@pytest.mark.parametrize("norm", ("std", "sign"))
+def test_a_quantile_masks_that_share_of_all_judged_groups(norm):
+    """Oracle: sort the margins of every response with an opposite, mask the first ones."""
+    rng = np.random.default_rng(0)
+    groups = [make_group([1], [[1]] * 6, reward=rng.random(6) < 0.4, score=rng.uniform(1, 10, 6))
+              for _ in range(20)]
+    groups += [make_group([1], [[1]] * 2, reward=[0, 1]),  # not judged
+               make_group([1], [[1]] * 2, reward=[1, 1], score=np.array([9.0, 2.0]))]
+    of_group = []
+    for g in groups[:20]:
+        right, wrong = g.score[g.reward == 1], g.score[g.reward == 0]
+        if len(right) and len(wrong):
+            of_group += [*(right - wrong.max()), *(right.min() - wrong)]
+    for share in (0.0, 0.25, 0.5, 0.99):
+        delta = advantages.dagrpo_threshold(groups, f"q{share}", norm)
+        masks = [advantages.dagrpo_masks(g.score, response_advantages(g, norm), delta)
+                 for g in groups if mixed(g)]
+        assert sum(np.sum(mask == 0) for mask in masks) == int(share * len(of_group))
+        assert delta == pytest.approx(sorted(of_group)[int(share * len(of_group))])
+    assert np.isnan(advantages.dagrpo_threshold(groups[20:], "q0.5", norm))
+    assert [advantages.dagrpo_threshold(groups, x) for x in (None, 2, 4.5)] == [3, 2, 4.5]

@@ -8,8 +8,8 @@ from test_model_utils import SIZES, batches_of, one_by_one, random_groups
 from transformers import AutoModelForCausalLM
 
 from advantages import Old, influence, token_advantages
-from figures import Figures
 from losses import policy_loss
+from metrics import Figures
 from model_utils import HeadLogprob, load_policy, pack, packed_attention, tree_masks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

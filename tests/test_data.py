@@ -7,6 +7,7 @@ import datasets
 import get_data
 import numpy as np
 import pytest
+from test_model_utils import make_group
 from transformers import AutoTokenizer
 
 import data
@@ -109,7 +110,7 @@ def test_malformed_files_are_refused(tmp_path, refused):
 
 def test_demonstrations_of_a_file_and_of_a_set(tmp_path, refused):
     rows = [{"problem": f"{i} + {i}", "answer": str(2 * i)} for i in range(4)]
-    pairs = ("1+1", "a"), (" 1 + 1", "b"), ("3 + 3", "c"), ("7 + 7", "d")
+    pairs = ("1+1", "a"), (" 1 + 1", "b"), ("1+1", "a"), ("3 + 3", "c"), ("7 + 7", "d")
     path = tmp_path / "demos.jsonl"
     path.write_text("\n".join(json.dumps(dict(problem=p, solution=s)) for p, s in pairs))
     assert data.load_demos(rows, "x", str(path)) == [[], ["a", "b"], [], ["c"]]
@@ -126,9 +127,31 @@ def test_a_problem_gets_its_first_right_and_short_demonstration(model_dir, refus
     prompts = data.encode_prompts(tok, rows, "x")
     long, short, wrong = "so " * 50 + "\\boxed{2}", "\\boxed{2}", "\\boxed{3}"
     demos = [[wrong, long, short, "2 \\boxed{2}"], [long], [wrong]]
-    data.verify_demos(tok, rows, prompts, demos, 20, 2)
-    assert [(r["solution"], r["anchor"]) for r in rows] == [(short, 1), (long, 0), (None, 0)]
+    anchors = data.verify_demos(tok, rows, prompts, demos, 20, 2)
+    assert [r["solution"] for r in rows] == [short, long, None]
+    assert {problem: [*texts] for problem, texts in anchors.items()} == {"a": [short, "2 " + short]}
     refused("all 1 demonstrations", data.verify_demos, tok, rows[2:], prompts[2:], demos[2:], 20, 2)
+
+
+def test_a_share_of_the_problems_has_anchors_and_the_newest_answers_stay():
+    texts = {str(i): dict.fromkeys("abc", 0) for i in range(2000)}
+    for share in (0.0, 0.25, 1.0):
+        chosen = [data.choose_anchors(p, texts, 2, share, 7) for p in texts]
+        assert np.mean([c == ["a", "b"] for c in chosen]) == pytest.approx(share, abs=0.04)
+        assert all(c in ([], ["a", "b"]) for c in chosen)
+        assert chosen == [data.choose_anchors(p, texts, 2, share, 7) for p in texts]
+        other = [data.choose_anchors(p, texts, 2, share, 8) for p in texts]
+        assert (chosen == other) == (share != 0.25)
+    assert data.choose_anchors("x", texts, 2, 1.0, 7) == []
+    assert data.choose_anchors("1", texts, 0, 1.0, 7) == []
+    group = make_group([1], [[1]] * 5, row={"problem": "p"}, texts=[*"abcad"],
+                       reward=[1, 0, 1, 1, 1], is_anchor=np.arange(5) == 4)
+    known = {}
+    for step, most, want in ((1, 2, {"c": 1, "a": 1}), (2, 1, {"a": 2}), (3, 3, dict(a=3, c=3))):
+        rows = data.right_answers([group], step, most)
+        assert [r["solution"] for r in rows] == ["a", "c", "a"][:most]
+        assert data.remember(known, rows, most) is known and known["p"] == want
+        assert [*known["p"]][0] == rows[-1]["solution"]
 
 
 def test_an_anchor_is_what_the_template_writes(model_dir):

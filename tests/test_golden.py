@@ -10,7 +10,7 @@ from replay import FAMILY, FAMILY_PROBES, ROOT, read_groups, replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import losses
-from runs import read_metrics
+from runs import read_rows
 
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 GROUPS = read_groups(GOLDEN["groups"])
@@ -65,7 +65,7 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, small, monkeypa
 
     (out, with_bad), (_, without) = after(1.0, math.nan, 1.0), after(1.0, 1.0)
     assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
-    assert [row.get("train/bad_steps") for row in read_metrics(out)] == [0, 1, 0, None]
+    assert [row.get("train/bad_steps") for row in read_rows(out)] == [0, 1, 0, None]
     kept = torch.load(out / "bad_step_2.pt", weights_only=False)
     assert [g.row for g in kept] == [g.row for g in GROUPS]
     with pytest.raises(SystemExit, match="1"):

@@ -117,7 +117,7 @@ def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwa
         server.keys.clear()
         g = group(texts, [0] * len(texts))
         cache = {} if cache is None else cache
-        judge.judge_all_ranks([g], server.url, "m", cache, tmp_path)
+        judge.judge_all_ranks([g], server.url, "m", cache=cache, out_dir=tmp_path)
         assert set(server.keys) == {"Bearer sk-secret"}  # used, never said
         return [None if np.isnan(s) else s for s in g.score.tolist()], len(server.keys)
 
@@ -176,13 +176,34 @@ def judge_on_a_rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder / 'two'}", rank=rank, world_size=2)
     judge.ask_server = ask_by_mark
     groups = [group(), group(problem="1 + 1"), group(solution=None)]
-    counts = judge.judge_all_ranks(groups, "http", "m", {}, folder)
+    counts = judge.judge_all_ranks(groups, "http", "m", cache={}, out_dir=folder)
     assert [*counts.values()] == [10, 2, 1]  # asked, failed, without a demonstration
     for g in groups[:2]:
         keys = [judge.judge_prompt(g.row, text, "m")[1] for text in TEXTS[:4]]
         assert g.score[:4].tolist() == [1 + int(key[:6], 16) % 9 for key in keys]
     assert all(np.isnan(g.score[4]) for g in groups[:2])
     dist.destroy_process_group()
+
+
+def test_noise_and_chance_are_those_of_a_response():
+    """The same text has the same score, of another seed another one; clipped to [1, 10]."""
+    texts = [f"{i}: 45 + 38 = 83" for i in range(3000)] + ["7: 45 + 38 = 83"]
+
+    def scores(*args, **how):
+        g = group(texts, reward=[0] * len(texts))
+        judge.judge_all_ranks([g], *args, **how)
+        assert g.score[7] == g.score[-1] and 1 <= g.score.min() <= g.score.max() <= 10
+        return g.score
+
+    clean, first, other = (scores("rubric", **how) for how in (
+        {}, dict(judge_noise=0.5), dict(judge_noise=0.5, seed=1)))
+    noise = first - clean
+    assert 3 < clean.min() < clean.max() < 8 and (first == scores("rubric", judge_noise=0.5)).all()
+    assert abs(noise.mean()) < 0.04 and noise.std() == pytest.approx(0.5, abs=0.03)
+    assert abs(np.corrcoef(noise, other - clean)[0, 1]) < 0.1
+    assert {1, 10} <= {*scores("rubric", judge_noise=50.0)}
+    chance = np.sort(scores("random"))
+    assert np.abs(chance - np.linspace(1, 10, len(chance))).max() < 0.35  # uniform
 
 
 def test_two_ranks_agree_and_each_response_has_its_own_score(tmp_path):

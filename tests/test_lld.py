@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from overlap import of_question
 from transformers import AutoModelForCausalLM
 
 ARGS = ("lld.py", "config/lld_quickstart.py", "--questions=2", "--group_size=4", "--max_rounds=4",
@@ -94,10 +95,11 @@ def test_scores_from_the_token_ids(out, plain):
             range(len(tokens[i])), key=lambda t: -row[by][i][t])[:sum(selected[i])]
             for t in [(i, t)]] for by in ("entropy", "surprisal")]
         nthr = {(i, t) for i in range(4) for t in range(len(tokens[i])) if selected[i][t]}
-        for column, own in zip((2, 3), map(set, picks)):
+        overlap = of_question(row, 0.3)
+        for name, own in zip(("entropy", "logp"), map(set, picks)):
             if nthr:
                 want = len(nthr & own) / len(nthr | own)
-                assert row["jaccard"][0][column] == pytest.approx(want)
+                assert overlap["jaccard", "nthr", name] == pytest.approx(want)
         each = [p * negative[i].sum() - (1 - p) * exact[i].sum() for i in right]
         mean = torch.stack(each).mean().item() / (p * (1 - p))**0.5
         assert row["gwhes"] == pytest.approx(mean, rel=1e-2)
@@ -110,8 +112,7 @@ def test_summary_pictures_and_page(out):
     won = [row["delta_nthr"] > row["delta_grpo"] for row in found]
     assert summary["nthr > grpo, share"][0] == sum(won) / 2
     assert f"| delta_nthr | {mean:.4f} | " in (out / "summary.md").read_text()
-    for name in ("delta", "overlap"):
-        assert (out / f"{name}.png").stat().st_size > 10_000
+    assert (out / "delta.png").stat().st_size > 10_000
     page = (out / "tokens.html").read_text()
     shown = json.loads(page.split("const rows = ")[1].splitlines()[0])
     assert len(shown) == 2 and len(shown[0]["responses"]) == 4

@@ -104,20 +104,20 @@ def test_the_same_on_one_rank_and_two(world, run):
 
 
 @pytest.mark.parametrize("hard_only", (False, True))
-@pytest.mark.parametrize("mode", ("replace", "add"))
-def test_demonstrations_join_groups_before_they_are_accepted(world, mode, hard_only):
-    rows = [dict(r, anchor=i > 1) for i, r in enumerate(data.load_problems("sums", "train")[:6])]
+def test_demonstrations_join_groups_before_they_are_accepted(world, hard_only):
+    rows = data.load_problems("sums", "train")[:6]
     prompts = data.encode_prompts(world[1], rows, "sums")
-    how = HOW | dict(anchor_mode=mode, anchor_hard_only=hard_only, max_response_tokens=48)
+    texts = {r["problem"]: {f"{j}{r['solution']}": 0 for j in range(i)} for i, r in enumerate(rows)}
+    how = HOW | dict(anchor_hard_only=hard_only, max_response_tokens=48)
     groups, sampled, *_ = rollout.sample_batch(
-        *world[:2], rows, prompts, 0, prompts_per_step=6, max_rounds=1, group_size=3, anchors=1,
-        end=world[1].eos_token_id, **how)
+        *world[:2], rows, prompts, 0, prompts_per_step=6, max_rounds=1, group_size=4, anchors=2,
+        anchor_texts=texts, end=world[1].eos_token_id, **how)
     assert len(sampled) == 6 and len(groups) >= 3
     for g in sampled:
-        joins = g.row["anchor"] and not (hard_only and g.reward[~g.is_anchor].any())
-        rollouts = 2 if joins and mode == "replace" else 3
-        assert g.is_anchor.tolist() == [False] * rollouts + [True] * joins
-        assert g.is_anchor[-1] == (g.texts[-1] == g.row["solution"])
+        known = [*texts[g.row["problem"]]][:2]
+        joins = [] if hard_only and g.right.any() else known
+        assert g.is_anchor.tolist() == [False] * (4 - len(joins)) + [True] * len(joins)
+        assert g.texts[4 - len(joins):] == joins and g.reward[g.is_anchor].all()
         assert g.texts == [world[1].decode(ids, True) for ids in g.responses]
         assert any(g is k for k in groups) == (0 < g.reward.mean() < 1)
     assert all(g.is_anchor.any() for g in groups)  # the model by itself finds hardly any

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from configs import update_memory
 from safetensors.torch import save_file
 from test_model_utils import make_group
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 import memory
 import plot
 import runs
-from figures import Figures, find_alarms
+from metrics import Figures, find_alarms, note_anchors
 from model_utils import Policy, pack
 from plot import plot_runs
 
@@ -69,6 +70,19 @@ def test_alarms():
     assert ["alarm/flat"] in [step("train/loss", 4 * x)[0] for x in swings]
 
 
+def test_how_far_anchors_are_from_the_policy(monkeypatch):
+    group = make_group([1], [[1, 1], [1], [1, 1, 1]], reward=[1, 0, 1],
+                       is_anchor=np.array([False, False, True]))
+    old = SimpleNamespace(logp=torch.tensor([0.5, 0.1, 0.9, 0.5, 0.009, 0.011]).log(),
+                          entropy=torch.arange(6.0))
+    figures = Figures("cpu")
+    note_anchors(figures, group, old)
+    note_anchors(figures, make_group([1], [[1]]), None)  # nothing to be said without one
+    assert over_ranks(monkeypatch, figures) == pytest.approx({
+        "anchor/logp": np.log([0.5, 0.009, 0.011]).mean(), "anchor/entropy": 4,
+        "anchor/logp_right": np.log([0.5, 0.1]).mean(), "anchor/unlikely": 1 / 3})
+
+
 def fake_checkpoint(out_dir, step):
     path = out_dir / f"step_{step:06d}"
     path.mkdir()
@@ -104,12 +118,12 @@ def test_open_run_loses_nothing(tmp_path):
     path, metrics = fake_checkpoint(out, 2), out / "metrics.jsonl"
     for step, key, x in ((0, "eval/accuracy", 1), (1, "x", math.nan), (2, "x", math.inf),
                          (2, "eval/accuracy", 2), (3, "train/entropy", 3)):
-        runs.log(out, {"step": step, key: x})
+        runs.log(out, metrics=[{"step": step, key: x}])
     before = metrics.read_text() + '{"step": 4, "x"'
     metrics.write_bytes(b"\xff\n" + before.encode())  # a damaged row, too
     runs.open_run(str(out), dict(keep_ckpts=1, lr=2), (str(path), dict(step=2)))
     assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
-    assert [r.get("x", 7) for r in runs.read_metrics(out)] == [7, None, None]  # JSON has no nan
+    assert [r.get("x", 7) for r in runs.read_rows(out)] == [7, None, None]  # JSON has no nan
     plot_runs(plot.read_runs([str(out)]), f"{out}/curves.png")
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "old_1" / "metrics.jsonl").read_bytes() == b"\xff\n" + before.encode()
@@ -124,16 +138,16 @@ def test_open_run_loses_nothing(tmp_path):
         said = f"under way: {socket.gethostname()}, process {os.getpid()}" in done.stderr
         assert said == bool(status)
         lock.close()
-    assert len(os.listdir(out / "old_2")) == 5  # two logs, curves, config, checkpoint
+    assert len(os.listdir(out / "old_2")) == 4  # a log, curves, config, checkpoint
 
 
 def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
         tmp_path, model_dir, monkeypatch, capsys):
     half = ("import resource, runs, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
-            "[runs.log(sys.argv[1], {'step': i, 'x': 'y' * i}) for i in (1, 99)]")
+            "[runs.log(sys.argv[1], metrics=[{'step': i, 'x': 'y' * i}]) for i in (1, 99)]")
     done = subprocess.run([sys.executable, "-c", half, tmp_path], capture_output=True, text=True)
     assert "No space left" in done.stderr
-    assert [row["step"] for row in runs.read_metrics(tmp_path)] == [1]
+    assert [row["step"] for row in runs.read_rows(tmp_path)] == [1]
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_config(Qwen2Config(
@@ -175,7 +189,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
         out = str(tmp_path / name)
         runs.open_run(out, config | dict(out_dir=out))
         for step, x in enumerate(values):
-            runs.log(out, {"step": step, "train/entropy": x, "time/step": 3})
+            runs.log(out, metrics=[{"step": step, "train/entropy": x, "time/step": 3}])
     figures = []
     monkeypatch.setattr(plot, "save_figure", lambda figure, path: figures.append(figure))
     plot_runs(plot.read_runs([str(tmp_path / x) for x in "abc"]), "runs.png")
@@ -204,11 +218,13 @@ def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, 
                     lambda x: found.update({x.untyped_storage().data_ptr(): x}), lambda x: x):
                 Policy(model, dtype)(pack([make_group([3], [np.arange(n) % 99])]), 1.0)
         less, more = (sum(x.untyped_storage().nbytes() for x in y.values()) for y in kept)
-        got = memory.estimate_memory(config, compute_bytes=dtype.itemsize, tokens=2**20)
+        params = sum(p.numel() for p in model.parameters())
+        got = update_memory(config, params, compute_bytes=dtype.itemsize, tokens=2**20)
         assert got["activations"] * 2**10 == pytest.approx((more - less) / 300, rel=0.15)
-        assert got["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())
+        held = memory.held_memory(config, 2, "ddp", dtype.itemsize)
+        assert sum(held.values()) * 2**30 == 16 * params  # weights, two moments, buckets
     card = SimpleNamespace(total_memory=23 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert memory.vllm_share(0, dict(held=10, peak=15)) == 10 / 23
+    assert memory.vllm_share(0, dict(weights=4, moments=6)) == 10 / 23
     with pytest.raises(SystemExit, match="2"):
-        memory.vllm_share(0, dict(held=19.5, peak=19.6))
+        memory.vllm_share(0, dict(weights=19.5))

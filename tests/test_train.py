@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 import judge
-from figures import step_line
-from runs import read_metrics
+from metrics import step_line
+from runs import read_rows
 
 SMALL = ("config/quickstart.py", "--prompts_per_step=2", "--prompts_per_update=1", "--oversample=4",
          "--max_rounds=8", "--tokens_per_micro_batch=200", "--eval_problems=8", "--variant=grpo",
          "--compute_dtype=float32", "--rollout_dtype=float32")
 KEYS = """
     reward/accuracy reward/mean rollout/groups_sampled rollout/groups_kept rollout/response_tokens
-    rollout/tokens_dropped rollout/tokens_wasted rollout/mean_length rollout/truncated train/lr
+    rollout/tokens_dropped rollout/prompts_wasted rollout/mean_length rollout/truncated train/lr
     train/loss train/entropy train/tokens train/grad_norm train/clip_fraction train/kl_old gap/mean
     gap/max gap/importance time/rollout time/judge time/old_policy time/update time/sync time/step
     perf/rollout_tok_s perf/train_tok_s perf/peak_memory_gib""".split()
@@ -32,7 +32,7 @@ def rows(path):
 
 
 def steps(out):
-    return [row for row in read_metrics(out) if "train/loss" in row]
+    return [row for row in read_rows(out) if "train/loss" in row]
 
 
 def weights(out, step):
@@ -41,21 +41,22 @@ def weights(out, step):
 
 def figures(out):
     """Metrics less what a clock or a process's memory decides."""
-    varies = ("time/", "perf/", "rollout/tokens_wasted")  # the last one: on a GPU
-    return [{k: v for k, v in r.items() if not k.startswith(varies)} for r in read_metrics(out)]
+    varies = ("time/", "perf/", "rollout/prompts_wasted")  # the last one: on a GPU
+    return [{k: v for k, v in r.items() if not k.startswith(varies)} for r in read_rows(out)]
 
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
     """A run of two steps, checkpointed every step."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    args = ("train.py", *SMALL, "--max_steps=2", "--eval_every=1", "--keep_ckpts=3")
+    args = ("train.py", *SMALL, "--max_steps=2", "--eval_every=1", "--keep_ckpts=3",
+            "--demos=self", "--anchors=2")
     return out, args, run(*args, f"--out_dir={out}").stdout
 
 
 def test_a_run_leaves_what_it_promises(whole):
     out, _, printed = whole
-    assert [row["step"] for row in read_metrics(out)] == [0, 1, 1, 2, 2]
+    assert [row["step"] for row in read_rows(out)] == [0, 1, 1, 2, 2]
     assert [row["step"] for row in steps(out)] == [1, 2]
     for row in steps(out):
         assert row.keys() >= set(KEYS)
@@ -66,7 +67,10 @@ def test_a_run_leaves_what_it_promises(whole):
         assert len(step_line(row | {"step": 9_999}, 9_999)) <= 120 and step_line(row, 2) in printed
     samples = rows(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [1, 1, 2, 2]
+    answers = [(r["problem"], r["solution"], r["step"]) for r in rows(out / "right_answers.jsonl")]
     for s in samples:
+        right = [text for text, reward in zip(s["responses"], s["reward"]) if reward]
+        assert {(s["problem"], text, s["step"]) for text in right[:2]} <= {*answers}
         assert [a > 0 for a in s["advantage"]] == [r == 1 for r in s["reward"]]
         assert len(s["responses"]) == len(s["truncated"]) == 4 and s["score"] == [None] * 4
     assert (out / "curves.png").stat().st_size > 10_000
@@ -80,7 +84,7 @@ def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run, monkeyp
     printed = run("eval.py", f"--ckpt={out}").stdout
     results = json.loads((out / "eval" / "results.json").read_text())
     assert [r["model"] for r in results] == ["step_000001", "step_000002"]
-    wanted = [row["eval/accuracy"] for row in read_metrics(out) if "eval/accuracy" in row]
+    wanted = [row["eval/accuracy"] for row in read_rows(out) if "eval/accuracy" in row]
     assert [r["figures"]["accuracy"][0] for r in results] == wanted[1:]
     table = (out / "eval" / "results.md").read_text()
     assert table in printed and "| model | figure | addition |" in table
@@ -107,7 +111,8 @@ def test_a_stopped_run_saves_and_its_resume_gives_the_same_metrics(whole, run):
     (cut / "step_000003.tmp").mkdir()
     run(*args, f"--out_dir={cut}", "--resume")
     assert figures(cut) == figures(out)
-    assert rows(cut / "samples.jsonl") == rows(out / "samples.jsonl")
+    for name in ("samples", "right_answers"):
+        assert rows(cut / f"{name}.jsonl") == rows(out / f"{name}.jsonl")
     again = weights(cut, 2)
     assert all(torch.equal(p, again[name]) for name, p in weights(out, 2).items())
 
@@ -127,7 +132,8 @@ def test_two_ranks(run, tmp_path):
         assert 0 < row["gap/max"] < 1e-2 and abs(row["gap/importance"] - 1) < 1e-3
         assert row["train/kl"] > 0 and row["train/grad_norm"] > 0 and "displacement/mean" in row
     assert first["gap/importance_cut"] == 0 and 0 <= first["nthr/eta"] <= 1
-    assert second["anchor/groups"] == second["rollout/groups_kept"] == 2
+    assert second["rollout/anchor_share"] == 1 and second["rollout/groups_kept"] == 2
+    assert second["anchor/logp"] < 0 < second["anchor/entropy"] and second["anchor/age"] is None
     # every response has the score that is its own, whichever rank judged it
     samples = [s for s in rows(near / "samples.jsonl") if s["step"] == 2]
     assert [s["is_anchor"] for s in samples] == [[False] * 3 + [True]] * 2
@@ -158,7 +164,11 @@ train.py --variant=dagrpo                        has a solution
 train.py --learning_rate=1e30                   1e+30 is not <= 0.01
 train.py --llds=0.2                              llds: is always 0 with one update a step
 train.py --delta=9.5                             delta: 9.5
-train.py --judge=gpt-4o                          neither rubric nor an address
+train.py --delta=q1.5                            delta: 'q1.5' is neither points nor a share
+train.py --anchors=8 --demos=self                anchors: 8 is not less than group_size=8
+train.py --anchor_share=1.5                      anchor_share: 1.5 is not <= 1
+train.py --judge_noise=-1                        judge_noise: -1.0 is not >= 0
+train.py --judge=gpt-4o                          neither rubric nor random nor an address
 train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
 train.py --anchors=1 --demos=DIR/good            good, line 1: 'solution' is missing
 train.py --anchors=1 --demos=DIR/wrong           all 1 demonstrations are wrong

@@ -61,8 +61,9 @@ class Figures:
         return out
 
 
-def rollout_figures(groups, sampled, wasted):
-    """Figures of a step's groups: accepted, and sampled in all; wasted: tokens (sample_batch)."""
+def rollout_figures(groups, sampled, wasted, step, anchor_texts):
+    """Figures of a step's groups: accepted, and sampled in all; wasted: prompts (sample_batch).
+    anchor_texts: {problem: {text: the step that it is of}}."""
     def of_rollouts(groups, field):  # demonstrations do not count
         return np.concatenate([[], *(np.array(getattr(g, field))[~g.is_anchor] for g in groups)])
 
@@ -74,18 +75,46 @@ def rollout_figures(groups, sampled, wasted):
         "rollout/groups_kept": len(groups),
         "rollout/response_tokens": int(kept),
         "rollout/tokens_dropped": int(tokens.sum() - kept),
-        "rollout/tokens_wasted": wasted,
+        "rollout/prompts_wasted": wasted,
         "rollout/mean_length": float(tokens.mean()),
         "rollout/truncated": float(of_rollouts(sampled, "truncated").mean()),
+        "rollout/anchor_share": float(np.mean([g.is_anchor.any() for g in sampled])),
     }
-    hard = [not g.reward[~g.is_anchor].any() for g in groups if g.is_anchor.any()]
-    return row | {"anchor/groups": len(hard), "anchor/hard": float(np.mean(hard))} if hard else row
+    hard = [not g.right.any() for g in groups if g.is_anchor.any()]
+    ages = [step - anchor_texts[g.row["problem"]][text] for g in groups
+            for text, is_anchor in zip(g.texts, g.is_anchor) if is_anchor]
+    own = {"anchor/hard": hard, "anchor/age": ages} if hard else {}
+    return row | {key: float(np.mean(x)) for key, x in own.items()}
+
+
+def note_anchors(figures, group, old):
+    """How far a group's demonstrations are from the policy. old: advantages.Old."""
+    if group.is_anchor.any():
+        anchor, right = (np.repeat(x, group.lengths) for x in (group.is_anchor, group.right))
+        figures.mean("anchor/logp", old.logp, where=anchor)
+        figures.mean("anchor/logp_right", old.logp, where=right)  # of the same groups' rollouts
+        figures.mean("anchor/entropy", old.entropy, where=anchor)
+        figures.mean("anchor/unlikely", old.logp < math.log(0.01), where=anchor)
+
+
+def eval_figures(groups):
+    """Figures of an evaluation's groups."""
+    return {"eval/accuracy": accuracy(groups),
+            "eval/mean_length": float(np.mean([n for g in groups for n in g.lengths])),
+            "eval/truncated": float(np.mean([g.truncated for g in groups]))}
+
+
+def sample(g):
+    """What samples.jsonl shows of a group's responses."""
+    return {"problem": g.row["problem"], "answer": g.row["answer"], "responses": g.texts,
+            "reward": g.reward.tolist(), "truncated": g.truncated.tolist(),
+            "is_anchor": g.is_anchor.tolist(),
+            "score": np.where(np.isnan(g.score), None, g.score).tolist()}
 
 
 def speed_figures(row, vllm_bytes):
     """Speed, in tokens of all ranks, and memory of a step, on a GPU without the engine's bytes."""
-    tokens = sum(row[f"rollout/{key}"] for key in
-                 ("response_tokens", "tokens_dropped", "tokens_wasted"))
+    tokens = row["rollout/response_tokens"] + row["rollout/tokens_dropped"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() - vllm_bytes
