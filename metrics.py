@@ -81,7 +81,7 @@ def rollout_figures(groups, sampled, wasted, step, anchor_texts):
         "rollout/anchor_share": float(np.mean([g.is_anchor.any() for g in sampled])),
     }
     hard = [not g.right.any() for g in groups if g.is_anchor.any()]
-    ages = [step - anchor_texts[g.row["problem"]][text] for g in groups
+    ages = [step - anchor_texts.get(g.row["problem"], {}).get(text, np.nan) for g in groups
             for text, is_anchor in zip(g.texts, g.is_anchor) if is_anchor]
     own = {"anchor/hard": hard, "anchor/age": ages} if hard else {}
     return row | {key: float(np.mean(x)) for key, x in own.items()}

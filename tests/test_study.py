@@ -20,8 +20,8 @@ def test_the_difference_is_paired_and_its_interval_is_over_seeds_and_problems():
 
 def test_two_methods_and_two_seeds_stopped_and_taken_up_again(run, tmp_path):
     """A call makes what is missing; its lines give the tables; a run again is the same run."""
-    extra = ("--max_steps=1 --prompts_per_step=8 --prompts_per_update=8 --eval_every=0 "
-             "--eval_problems=4 --learning_rate=1e-4")
+    extra = ("--max_steps=1 --prompts_per_step=4 --prompts_per_update=4 --group_size=8 "
+             "--eval_every=0 --eval_problems=4 --learning_rate=1e-4")
     args = ("bench/study.py", "--grounds=pairs", "--problems=12", "--sampled_problems=6",
             f"--out_dir={tmp_path}/out", f"--results={tmp_path}", f"--extra={extra}")
     lines = tmp_path / "pairs.jsonl"
