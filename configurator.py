@@ -148,7 +148,7 @@ def check(settings, known, ranges, infinite=""):
     known: {key: a tuple of the values it may have and of their types, or a list of those that the
     setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, of numbers.
     infinite: keys of numbers that may be infinite."""
-    types = {float: "a number", int: "a whole number", str: "a text"}
+    types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
     for key, values in known.items():
         for value in settings[key] if isinstance(values, list) else (settings[key],):
             kinds = {type(value), float} if type(value) is int else {type(value)}

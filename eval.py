@@ -200,7 +200,7 @@ if __name__ == "__main__":
     counts = dict.fromkeys(("max_num_seqs", "max_response_tokens", "max_problems"), (None, int))
     texts = dict.fromkeys(("data", "data_dir", "system_prompt", "out_dir"), (None, str))
     check(
-        config, counts | texts | dict(dtype=("auto", "float32", "bfloat16")),
+        config, counts | texts | dict(dtype=("auto", "float32", "bfloat16"), n_of=[tuple]),
         {"> 0": " ".join(counts) + " n gpu_memory_utilization", ">= 0": "temperature",
          "<= 1": "gpu_memory_utilization"})
     given = {key: value for key, value in config.items() if value is not None}

@@ -4,7 +4,6 @@
 "random" draws a score, the control. Noise on a judge's scores says how good it must be.
 arXiv 2512.06337 has the criteria; PROMPT is ours."""
 import hashlib
-import json
 import os
 import re
 import warnings
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from configurator import die
 from data import chat, share_out
 from grader import last_boxed
+from runs import log, or_say_so
 
 JUDGE_TOKENS = 512  # most tokens of a reply
 RETRIES = 2         # times that a reply without a score, or none, is asked for again
@@ -157,17 +157,17 @@ def read_cache(out_dir):
     return {key: float(score) for key, score in rows}
 
 
-def _asked_scores(url, model, cache, path, groups):
+def _asked_scores(url, model, cache, out_dir, on_full_disk, groups):
     """Scores of groups, G each, nan for a response without one after RETRIES."""
     questions = [[judge_prompt(g.row, text, model) for text in g.texts] for g in groups]
-    with open(path, "a", buffering=1) as file:  # a line is written at once
-        for temperature in [0.0] + [0.7] * RETRIES:
-            left = {key: prompt for prompt, key in chain(*questions) if key not in cache}
-            for key, reply in zip(left, ask_server(url, model, [*left.values()], temperature)):
-                score = parse_score(reply, key[:6])
-                if score:
-                    cache[key] = score
-                    print(json.dumps({"key": key, "score": score}), file=file)
+    file = f"judge_{dist.get_rank()}"
+    for temperature in [0.0] + [0.7] * RETRIES:
+        left = {key: prompt for prompt, key in chain(*questions) if key not in cache}
+        for key, reply in zip(left, ask_server(url, model, [*left.values()], temperature)):
+            if score := parse_score(reply, key[:6]):
+                cache[key] = score
+                with or_say_so(out_dir, file, on_full_disk):
+                    log(out_dir, **{file: [{"key": key, "score": score}]})
     return [[cache.get(key, np.nan) for _, key in own] for own in questions]
 
 
@@ -178,7 +178,7 @@ def draws(group, seed):
 
 
 def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, cache=None,
-                    out_dir=None):
+                    out_dir=None, on_full_disk="stop"):
     """Set the score (G,) of the groups that have a demonstration by a judge of HERE or an address.
     All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
     file of out_dir. judge_noise: its standard deviation in points; scores stay in [1, 10]. Returns
@@ -190,8 +190,8 @@ def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, ca
     elif judge == "random":
         scores = [[rng.uniform(1, 10) for rng in draws(g, seed)] for g in shown]
     else:
-        path = f"{out_dir}/judge_{dist.get_rank()}.jsonl"
-        scores = share_out(partial(_asked_scores, judge, judge_model, cache, path), shown)
+        ask = partial(_asked_scores, judge, judge_model, cache, out_dir, on_full_disk)
+        scores = share_out(ask, shown)
     for g, own in zip(shown, scores):
         g.score = np.array(list(own), np.float32)
         if judge_noise:

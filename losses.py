@@ -21,9 +21,8 @@ def set_weights(groups, loss_norm="group", max_response_tokens=1):
         tokens, size = np.array(g.lengths), len(g.responses)
         g.update_tokens = update_tokens
         divisor = {"group": tokens.sum() * len(groups), "response": tokens * size * len(groups),
-                   "token": update_tokens,
-                   "constant": size * max_response_tokens * len(groups)}[loss_norm]
-        g.weight = np.full(size, 1.0) / divisor
+                   "token": update_tokens, "constant": size * max_response_tokens * len(groups)}
+        g.weight = np.full(size, 1.0) / divisor[loss_norm]
 
 
 def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, tis_cap=0.0,

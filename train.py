@@ -179,8 +179,9 @@ if demonstrations:
 if judged:
     config["judge_model"] = open_judge(judge, judge_model)
 if is_rank0():
-    lock = runs.lock_folder(out_dir)
-    runs.open_run(out_dir, config, start)
+    with runs.or_say_so(out_dir, "run_config.json", "stop"):
+        lock = runs.lock_folder(out_dir)
+        runs.open_run(out_dir, config, start)
 dist.barrier()
 if from_self:
     anchor_texts = data.remember({}, runs.read_rows(out_dir, "right_answers"), anchors)

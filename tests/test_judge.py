@@ -146,6 +146,17 @@ def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwa
     assert judge.read_cache(tmp_path) == cache and len(cache) == 3
 
 
+def test_a_full_disk_stops_the_run_or_costs_the_cache(server, tmp_path, capsys):
+    setup_distributed()
+    (tmp_path / "judge_0.jsonl").symlink_to("/dev/full")
+    g, how = group("ab", [0, 0]), dict(cache={}, out_dir=tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        judge.judge_all_ranks([g], server.url, "m", **how)
+    judge.judge_all_ranks([g], server.url, "m", **how, on_full_disk="go on")
+    assert g.score.tolist() == [6, 6] and len(how["cache"]) == 2
+    assert capsys.readouterr().out.count("judge_0 is not written: [Errno 28]") == 2
+
+
 def test_a_key_does_not_go_over_a_network_in_clear(monkeypatch):
     urls = [f"http{x}/v1" for x in ("s://a.com", "://localhost:8", "://node:8", "://localhost.org")]
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")

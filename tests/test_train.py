@@ -180,6 +180,7 @@ train.py --out_dir=DIR/empty                     out_dir
 eval.py --ckpt=DIR                               neither a whole model
 eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
 eval.py --ckpt=MODEL --data=arithmetic,nowhere   there is no file nowhere
+eval.py --n_of=('aime24',32)                     n_of: 'aime24' is none of a pair
 eval.py --chkpt=x                                'ckpt'"""
 
 
