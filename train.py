@@ -127,8 +127,8 @@ if {"@", "?"} & {*judge}:
     die("judge: an address is printed and saved: leave a key to JUDGE_API_KEY")
 if isinstance(delta, str) and not re.fullmatch(r"q0?\.\d+", delta):
     die(f"delta: {delta!r} is neither points nor a share under 1, q0.25")
-if anchors >= group_size:
-    die(f"anchors: {anchors} is not less than {group_size=}")
+if anchors >= group_size or demos == "self" and not anchors:
+    die(f"anchors: {anchors} is not less than {group_size=}, or 0 where demos='self'")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide {prompts_per_step=}")
 start = runs.newest_checkpoint(out_dir) if resume else None

@@ -166,6 +166,7 @@ train.py --llds=0.2                              llds: is always 0 with one upda
 train.py --delta=9.5                             delta: 9.5
 train.py --delta=q1.5                            delta: 'q1.5' is neither points nor a share
 train.py --anchors=8 --demos=self                anchors: 8 is not less than group_size=8
+train.py --demos=self                            anchors: 0
 train.py --anchor_share=1.5                      anchor_share: 1.5 is not <= 1
 train.py --judge_noise=-1                        judge_noise: -1.0 is not >= 0
 train.py --judge=gpt-4o                          neither rubric nor random nor an address
