@@ -26,7 +26,7 @@ RETRIES = 2         # times that a reply without a score, or none, is asked for 
 TIMEOUT = 60.0      # seconds a server may be silent, after which it is tried once more
 CONCURRENCY = 32    # requests to a server at once, per rank
 FAILURES = 32       # in a row, after which a server is taken for gone
-HERE = ("rubric", "random")  # judges that need no server
+LOCAL_JUDGES = ("rubric", "random")  # they need no server
 
 PROMPT = """You grade a response to a mathematics problem from 1 (worthless) to 10 (as good as the \
 reference solution).
@@ -111,7 +111,7 @@ def connect(url):
 def open_judge(judge, judge_model):
     """The name of a server's model, judge_model or the first it lists, after it has answered a
     question; ends the program if it does not. None for other judges."""
-    if judge in HERE:
+    if judge in LOCAL_JUDGES:
         return None
     try:
         server = connect(judge)
@@ -179,7 +179,7 @@ def draws(group, seed):
 
 def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, cache=None,
                     out_dir=None, on_full_disk="stop"):
-    """Set the score (G,) of the groups that have a demonstration by a judge of HERE or an address.
+    """Set the score (G,) of the groups that have a demonstration by a local judge or an address.
     All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
     file of out_dir. judge_noise: its standard deviation in points; scores stay in [1, 10]. Returns
     counts: different responses (asked), groups that are trained without masks since they lack a

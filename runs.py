@@ -55,7 +55,7 @@ def or_say_so(out_dir, what, on_full_disk):
         yield
     except (OSError, RuntimeError, SafetensorError) as e:  # the last two are of a checkpoint
         free = shutil.disk_usage(out_dir).free / 2**30
-        print0(f"error: {what} is not written: {e}; {free:.2f} GiB are free in {out_dir}")
+        print(f"error: {what} is not written: {e}; {free:.2f} GiB are free in {out_dir}")
         if on_full_disk == "stop":
             raise SystemExit(1)
 

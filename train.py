@@ -21,7 +21,7 @@ import model_utils
 import runs
 from advantages import Old, response_advantages, token_advantages
 from configurator import check, configure, die, is_rank0, print0, settings_for
-from judge import HERE, judge_all_ranks, open_judge, read_cache
+from judge import LOCAL_JUDGES, judge_all_ranks, open_judge, read_cache
 from losses import policy_loss
 from memory import held_memory, vllm_share
 from plot import plot_runs, read_runs
@@ -74,7 +74,7 @@ judge_noise = 0.0             # standard deviation of what is added to its score
 delta = None                  # least margin of a response, points; None: 3; "q0.25" masks a quarter
 anchors = 0                   # demonstrations in a group at most, in place of rollouts
 anchor_share = 1.0            # share of the problems that get any, by a hash
-anchor_hard_only = False      # only in groups without a correct rollout
+anchor_hard_only = False      # only in groups without a correct rollout; always with demos="self"
 anchor_loss = "luffy"         # of their tokens: "luffy" or "logp": losses.anchor_losses
 # optimization
 max_steps = 100               # steps in all, those before a resume included
@@ -121,7 +121,7 @@ check(
     infinite="nthr_beta oversample clip_high tis_cap grad_clip")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
-if judge not in HERE and not judge.startswith(("http://", "https://")):
+if judge not in LOCAL_JUDGES and not judge.startswith(("http://", "https://")):
     die(f"judge: {judge!r} is neither rubric nor random nor an address, http://host:port/v1")
 if {"@", "?"} & {*judge}:
     die("judge: an address is printed and saved: leave a key to JUDGE_API_KEY")

@@ -66,14 +66,15 @@ def replay(steps, *flags, probes=()):
     """Run train.py with flags on the groups of every step. Returns (updates, policy).
 
     An update: its loss over all ranks, gradient norm, the gradient at the probes (parameter, row,
-    column), and the advantages of this rank's tokens.
+    column), the advantages of this rank's tokens, the anchor_texts that sample_batch was given.
     """
     updates, upcoming = [], iter(steps)
-    loss, per_token = [0.0], []
+    loss, per_token, known = [0.0], [], {}
     given_loss, given_step = losses.policy_loss, model_utils.optimizer_step
 
     def sample_batch(*args, **kwargs):
         groups = next(upcoming)
+        known["texts"] = {p: [*texts] for p, texts in kwargs["anchor_texts"].items()}
         return groups, groups, 0, 0
 
     @functools.wraps(given_loss)  # train.py reads which settings it takes
@@ -90,7 +91,7 @@ def replay(steps, *flags, probes=()):
         total = torch.tensor(loss[0], dtype=torch.float64)
         dist.all_reduce(total)
         updates.append(dict(loss=total.item(), grad_norm=norm.item(), grads=grads,
-                            advantages=list(per_token)))
+                            advantages=list(per_token), anchor_texts=known["texts"]))
         loss[0] = 0.0
         per_token.clear()
         return norm

@@ -9,6 +9,7 @@ import torch
 from replay import FAMILY, FAMILY_PROBES, ROOT, read_groups, replay
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data
 import losses
 from runs import read_rows
 
@@ -71,6 +72,16 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, small, monkeypa
     with pytest.raises(SystemExit, match="1"):
         after(1.0, math.inf, math.nan, 1.0)
     assert "step 3: no finite gradient, 2 steps in a row" in capsys.readouterr().out
+
+
+def test_right_answers_are_demonstrations_of_the_next_step(tmp_path, small):
+    flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}", "--demos=self"]
+    updates, _ = replay([GROUPS] * 2, *flags, "--anchors=1", f"--out_dir={tmp_path}/out")
+    right = {g.row["problem"]: [text for text, is_right in zip(g.texts, g.right) if is_right][:1]
+             for g in GROUPS if g.right.any()}
+    assert right and [update["anchor_texts"] for update in updates] == [{}, right]
+    kept = data.remember({}, read_rows(tmp_path / "out", "right_answers"), 1)  # what a resume reads
+    assert {problem: [*texts] for problem, texts in kept.items()} == right
 
 
 @pytest.mark.parametrize("parallel, name, later", TWO_RANKS)
