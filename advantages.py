@@ -55,8 +55,7 @@ def group_advantages(reward, advantage_norm="std"):
 
 def response_advantages(group, advantage_norm="std", pos_weight=1.0, neg_weight=1.0):
     """The advantages of a group's responses before a variant, (G,): all 0 without a signal.
-    [NSR] is advantage_norm "sign" with weights of 1 and 0 (PSR), 0 and 1 (NSR), 0.1 and 1
-    (W-REINFORCE)."""
+    [NSR]: advantage_norm "sign", weights 1 and 0 (PSR), 0 and 1 (NSR), 0.1 and 1 (W-REINFORCE)."""
     weight = np.where(group.reward == 1, pos_weight, neg_weight)
     return weight * group_advantages(group.reward, advantage_norm)
 
@@ -132,7 +131,7 @@ def to_device(x, like, dtype=torch.float32):
 # ---- NTHR: which tokens of incorrect responses pull the likelihood of correct ones down ----------
 
 @torch.no_grad()
-def influence(old, tokens, source, vocab="response", chunk=512):
+def influence(old, tokens, source, vocab="response", chunk=2048):
     """s_t = u_t^T M h_t of every token t of one group, M = sum over tokens k of source_k u_k h_k^T.
 
     [NTHR] eq. 7. u = onehot(token) - softmax(logits / temperature) is the prediction error: M is
@@ -191,8 +190,8 @@ def as_many(selected, by, lengths):
 def gwhes(s_positive, s_negative, group):
     """Group-weighted hidden embedding score of correct responses ([NTHR] eq. 5), others nan: (G,).
     s_positive, s_negative (n,): `influence` with the group's correct, and its incorrect, tokens as
-    source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
-    p/sqrt(p(1-p))."""
+    source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ and p-: 1-p and p over
+    sqrt(p(1-p))."""
     p = group.reward.mean(dtype=np.float64)
     if p in (0, 1):
         return s_positive.new_full((len(group.reward),), torch.nan)
@@ -224,8 +223,8 @@ def dagrpo_threshold(groups, delta=None, advantage_norm="std"):
     not reach, over a step's groups; nan if none has. None: 3."""
     if not isinstance(delta, str):
         return 3.0 if delta is None else delta
-    margins = [dagrpo_margins(g.score, group_advantages(g.reward, advantage_norm)) for g in groups]
-    margins = sorted(x for of_group in margins for x in of_group if np.isfinite(x))
+    margins = sorted(x for g in groups for x in dagrpo_margins(
+        g.score, group_advantages(g.reward, advantage_norm)) if np.isfinite(x))
     return float(margins[int(float(delta[1:]) * len(margins))]) if margins else np.nan
 
 

@@ -23,9 +23,9 @@ def is_rank0():
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def print0(*args, **kwargs):
+def print0(text):
     if is_rank0():
-        print(*args, **kwargs, flush=True)
+        print(text, flush=True)
 
 
 def die(message):
@@ -96,13 +96,14 @@ def configure(script_globals, argv=None):
     str, tuple or None. argv: list of str, default sys.argv[1:]."""
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
-    argv = list(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:]
+    argv = [*argv]
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(argv)):
         die(f"command line: {argv!r} are not UTF-8")
     types = (bool, int, float, str, tuple, type(None))
     defaults = {key: value for key, value in script_globals.items()
                 if isinstance(value, types) and not key.startswith("_")}
-    if any(word in ("-h", "--help") for word in argv):
+    if {"-h", "--help"} & {*argv}:
         print0(script_globals.get("__doc__") or "")
         print0("\n".join(f"  --{key}={value!r}" for key, value in defaults.items()))
         sys.exit(0)

@@ -46,8 +46,8 @@ class Group:
 
     def part(self, first, stop):
         """The responses first to stop - 1, as a group."""
-        some = {name: getattr(self, name)[first:stop] for name in PER_RESPONSE}
-        return dataclasses.replace(self, **some)
+        return dataclasses.replace(
+            self, **{name: getattr(self, name)[first:stop] for name in PER_RESPONSE})
 
 
 def mixed(group):
@@ -294,10 +294,9 @@ ARITHMETIC = dict(
     few_shot=(("57 + 38", "57 + 38 = 95 \\boxed{95}"), ("64 - 23", "64 - 23 = 41 \\boxed{41}")),
     max_response_tokens=28)
 SUMS = dict(
-    ARITHMETIC,
+    ARITHMETIC, max_response_tokens=48,
     few_shot=(("57 + 38 + 46", "57 + 38 = 95, 95 + 46 = 141 \\boxed{141}"),
-              ("64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}")),
-    max_response_tokens=48)
+              ("64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}")))
 STYLES = {"arithmetic": ARITHMETIC, "addition": ARITHMETIC, "sums": SUMS}
 
 

@@ -199,10 +199,9 @@ if __name__ == "__main__":
         raise SystemExit
     counts = dict.fromkeys(("max_num_seqs", "max_response_tokens", "max_problems"), (None, int))
     texts = dict.fromkeys(("data", "data_dir", "system_prompt", "out_dir"), (None, str))
-    check(
-        config, counts | texts | dict(dtype=("auto", "float32", "bfloat16"), n_of=[tuple]),
-        {"> 0": " ".join(counts) + " n gpu_memory_utilization", ">= 0": "temperature",
-         "<= 1": "gpu_memory_utilization"})
+    check(config, counts | texts | dict(dtype=("auto", "float32", "bfloat16"), n_of=[tuple]),
+          {"> 0": " ".join(counts) + " n gpu_memory_utilization", ">= 0": "temperature",
+           "<= 1": "gpu_memory_utilization"})
     given = {key: value for key, value in config.items() if value is not None}
     models = {}
     for part in ckpt.split(","):

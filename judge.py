@@ -100,8 +100,7 @@ def rubric_score(row, text, correct, truncated):
 
 
 def connect(url):
-    """A client of a server, with the environment's JUDGE_API_KEY, or OPENAI_API_KEY unless it would
-    go over a network in clear."""
+    """A client of a server; its key: JUDGE_API_KEY, else OPENAI_API_KEY unless it goes in clear."""
     key = os.environ.get("JUDGE_API_KEY")
     if url.startswith(("https://", "http://localhost:", "http://127.0.0.1:")):
         key = key or os.environ.get("OPENAI_API_KEY")
@@ -137,8 +136,8 @@ def ask_server(url, model, prompts, temperature):
             return None
         try:
             choice = server.chat.completions.create(
-                model=model, messages=chat(prompt), temperature=temperature,
-                max_tokens=JUDGE_TOKENS).choices[0]
+                model=model, messages=chat(prompt), temperature=temperature, max_tokens=JUDGE_TOKENS
+            ).choices[0]
             failures = 0
             return choice.message.content if choice.finish_reason == "stop" else None
         except Exception as e:  # whatever a server does, the run goes on

@@ -71,12 +71,11 @@ check(
     config,
     dict(variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
          split=("train", "test"), nthr_vocab=("response", "full"), system_prompt=(None, str),
-         advantage_norm=("std", "mean", "sign"),
-         loss_norm=("group", "response", "token", "constant"), nthr_eta=(*advantages.ETAS, float)),
+         nthr_eta=(*advantages.ETAS, float), advantage_norm=("std", "mean", "sign"),
+         loss_norm=("group", "response", "token", "constant")),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
-     ">= 0": "grad_clip", ">= 2": "group_size",
-     "<= 1": "entropy_share gpu_memory_utilization"},
+     ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
     infinite="nthr_beta oversample grad_clip")
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")
@@ -237,9 +236,8 @@ def page():
         group = groups[row["question"]]
         title = f"Delta of GRPO {row['delta_grpo']:+.3f}, p = {row['p']}, tau = {row['tau']:.3g}"
         rows.append({"title": title, "prompt": tokenizer.decode(group["prompt"]), "responses": [{
-            "correct": reward == 1,
+            "correct": reward == 1, "spared": row["selected_tokens"][i],
             "tokens": tokenizer.batch_decode([[token] for token in tokens]),
-            "spared": row["selected_tokens"][i],
             "scores": {key: row[key][i] for key in ("s", "thr", "entropy", "surprisal")},
         } for i, (reward, tokens) in enumerate(zip(group["rewards"], group["responses"]))]})
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

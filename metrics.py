@@ -23,9 +23,8 @@ class Figures:
         self.noted = {}  # (key, kind): pairs (2,) of sum and count, or of the maximum twice
 
     def note(self, kind, key, values, where=True):
-        values, where = (
-            torch.as_tensor(x).detach().to(self.device, torch.float64, non_blocking=True)
-            for x in (values, where))
+        values, where = (torch.as_tensor(x).detach().to(
+            self.device, torch.float64, non_blocking=True) for x in (values, where))
         where = where.expand_as(values) > 0
         if kind == "max":
             lowest = values.new_full((1,), -torch.inf)  # for fillers, which have no values

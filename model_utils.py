@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from configurator import die
@@ -60,8 +60,7 @@ class MicroBatch:
     """One forward pass: T packed tokens, n of them of its B responses. Fillers have n = 0."""
     input_ids: torch.Tensor     # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64
-    predicts: torch.Tensor      # (n,) int64, index into T of the state that predicts the token
-    # of the n response tokens
+    predicts: torch.Tensor      # (n,) int64, index into T of the state that predicts each token
     targets: torch.Tensor       # (n,) int64, the tokens themselves
     response: torch.Tensor      # (n,) int64, which of the B responses each belongs to
     rollout_logp: torch.Tensor  # (n,) float32, what vLLM says; 0 for anchors
@@ -257,7 +256,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
                 for x in (key, value))  # (K, H_kv, D)
         q = query[0].transpose(0, 1)  # (T, H, D)
         out = varlen_attn(q, k, v, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k,
-                          scale=scaling, window_size=(-1, 0), enable_gqa=True)  # causal
+                          scale=scaling, window_size=(-1, 0), **GROUPED)  # causal
         return out[None], None
     if query.is_cuda:  # its memory-efficient kernel takes float32 and masks, but no grouped heads
         repeats = query.shape[1] // key.shape[1]
@@ -275,17 +274,39 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
     return torch.cat(out, dim=2).transpose(1, 2), None  # (1, T, H, D)
 
 
+GROUPED = {} if torch.__version__ < "2.12" else dict(enable_gqa=True)  # torch 2.11 need not be told
 AttentionInterface.register("packed", packed_attention)
 transformers_logging.disable_progress_bar()
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------
 
-def head_logits(h, w, dtype):
-    """h W^T (n, V) in `dtype`; of bfloat16 on CUDA the float32 sums, not rounded between."""
-    if h.is_cuda and h.dtype != dtype:
-        return torch.mm(h, w.T, out_dtype=dtype)
-    return (h @ w.T).to(dtype)
+def head_logits(h, w, temperature):
+    """h W^T / temperature (n, V); of bfloat16 in float32, on CUDA the sums, not rounded between."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    of_sums = h.is_cuda and h.dtype != dtype
+    logits = torch.mm(h, w.T, out_dtype=dtype) if of_sums else (h @ w.T).to(dtype)
+    return logits.div_(temperature)
+
+
+# on a GPU what stands between two matrix products is one kernel
+fused = torch.compile(dynamic=True, disable=not torch.cuda.is_available())
+
+
+@fused
+def head_rows(h, w, targets, temperature):
+    """(logp, entropy, logsumexp), (n,) each, of h (n, d)."""
+    logits = head_logits(h, w, temperature)
+    lse = logits.logsumexp(-1)
+    logps = logits.sub_(lse[:, None])
+    return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1), lse
+
+
+@fused
+def head_errors(h, w, lse, grad, temperature):
+    """grad softmax(logits), (n, V) like h."""
+    logits = head_logits(h, w, temperature)
+    return logits.sub_(lse[:, None]).exp_().mul_(grad[:, None]).to(h.dtype)
 
 
 class HeadLogprob(torch.autograd.Function):
@@ -293,50 +314,45 @@ class HeadLogprob(torch.autograd.Function):
     Logits exist for `chunk` rows at a time; the backward pass computes them again."""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, temperature, chunk):
+    def forward(ctx, h, weight, targets, temperature, chunk=1024):
         w = weight.to(h.dtype)
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        logp, lse, entropy = (h.new_empty(len(h), dtype=dtype) for _ in range(3))
-        for a in range(0, len(h), chunk):
-            rows = slice(a, a + chunk)
-            logits = head_logits(h[rows], w, dtype).div_(temperature)  # (chunk, V)
-            lse[rows] = logits.logsumexp(-1)
-            logps = logits.sub_(lse[rows, None])
-            logp[rows] = logps.gather(-1, targets[rows, None])[:, 0]
-            entropy[rows] = -torch.linalg.vecdot(logps.exp(), logps)
-        ctx.save_for_backward(h, weight, targets, lse)
+        parts = [head_rows(x, w, y, temperature)
+                 for x, y in zip(h.split(chunk), targets.split(chunk))]
+        logp, entropy, lse = map(torch.cat, zip(*parts))
+        ctx.save_for_backward(h, weight, targets, logp, lse)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy, lse)
         return logp, entropy, lse
 
     @staticmethod
     def backward(ctx, grad, *_):
-        h, weight, targets, lse = ctx.saved_tensors
+        h, weight, targets, logp, lse = ctx.saved_tensors
         w = weight.to(h.dtype)
         dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=lse.dtype)
+        grad = -grad / ctx.temperature
+        of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1 for p elsewhere
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
-            logits = head_logits(h[rows], w, lse.dtype).div_(ctx.temperature)
-            # grad * (onehot - softmax) / temperature
-            d = logits.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])
-            d.scatter_add_(-1, targets[rows, None], grad[rows, None])
-            d = d.div_(ctx.temperature).to(h.dtype)
+            d = head_errors(h[rows], w, lse[rows], grad[rows], ctx.temperature)
+            d.scatter_(-1, targets[rows, None], of_target[rows, None])
             dh[rows] = d @ w
-            if d.dtype == dw.dtype:
-                dw.addmm_(d.T, h[rows])
+            if d.is_cuda and d.dtype != dw.dtype:
+                torch.addmm(dw, d.T, h[rows], dw.dtype, out=dw)
             else:
-                dw.add_(d.T @ h[rows])
+                dw.addmm_(d.T.to(dw.dtype), h[rows].to(dw.dtype))
         return dh, dw.to(weight.dtype), None, None, None
 
 
 class Policy(torch.nn.Module):
     """A causal LM whose forward gives log-probabilities: DDP and FSDP2 hook the forward."""
 
-    def __init__(self, model, compute_dtype, head_chunk=512):
+    def __init__(self, model, compute_dtype):
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype  # of matrix products; parameters keep their own
-        self.head_chunk = head_chunk        # rows of logits that exist at a time
+        if compute_dtype == torch.bfloat16 and torch.cuda.is_available():
+            for layer in model.base_model.layers:  # a third more tokens a second: docs/GPU.md
+                layer.compile(dynamic=True)
 
     def forward(self, batch, temperature):
         """(logp (n,), entropy (n,), h (n, d), lse (n,)) of a MicroBatch's response tokens.
@@ -351,8 +367,7 @@ class Policy(torch.nn.Module):
         # index_select: the gradient of hidden[...] adds up in no fixed order
         h = hidden.index_select(0, batch.predicts).to(self.compute_dtype)  # (n, d)
         weight = self.model.get_output_embeddings().weight  # (V, d)
-        logp, entropy, lse = HeadLogprob.apply(
-            h, weight, batch.targets, temperature, self.head_chunk)
+        logp, entropy, lse = HeadLogprob.apply(h, weight, batch.targets, temperature)
         return logp, entropy, h.detach(), lse
 
 
@@ -372,11 +387,9 @@ def check_model(path, config):
 
 def load_policy(path, compute_dtype, device, activation_checkpointing=False,
                 param_dtype=torch.float32):
-    """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
-    path may be a Hugging Face config: random weights."""
-    auto = AutoModelForCausalLM
-    load = auto.from_config if isinstance(path, PretrainedConfig) else auto.from_pretrained
-    model = load(path, dtype=param_dtype, attn_implementation="packed")
+    """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=param_dtype, attn_implementation="packed")
     if activation_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(model.to(device), compute_dtype)
@@ -406,10 +419,8 @@ def parallelize(policy, parallel, device="cpu"):
 
 def make_optimizer(policy, learning_rate, weight_decay, name="adamw"):
     """AdamW ("adamw") or plain gradient descent ("sgd") over a policy's parameters."""
-    shared = dict(lr=learning_rate, weight_decay=weight_decay, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(policy.parameters(), **shared)
-    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), **shared)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+    return kind(policy.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(net, optimizer, grad_clip):

@@ -49,8 +49,6 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     from vllm import LLM  # here: an import of many seconds
 
     on_cuda = torch.cuda.is_available()
-    if dtype == "auto":
-        dtype = "bfloat16" if on_cuda else "float32"
     if on_cuda:
         of_device = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True)
     else:  # the smallest block: the most of a shared prompt that the prefix cache can hold
@@ -58,10 +56,10 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         torch._dynamo.config.disable = True  # vLLM's sampler would want a compiler
     # log-probabilities are of the distribution sampled from, after temperature
     return LLM(
-        model, dtype=dtype, seed=seed, max_model_len=context, max_num_seqs=max_num_seqs,
-        tensor_parallel_size=tp, distributed_executor_backend="external_launcher",
-        logprobs_mode="processed_logprobs", enable_prefix_caching=True, disable_log_stats=True,
-        use_tqdm_on_load=False, **of_device)
+        model, dtype=dtype.replace("auto", "bfloat16" if on_cuda else "float32"), seed=seed,
+        max_model_len=context, max_num_seqs=max_num_seqs, tensor_parallel_size=tp,
+        distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **of_device)
 
 
 def make_groups(tokenizer, rows, prompts, outputs, seeds):
@@ -89,8 +87,8 @@ def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max
     return sample_batch(
         engine, tokenizer, problems, prompts, 0, seed=seed, prompts_per_step=len(problems),
         group_size=n, temperature=temperature, max_response_tokens=max_response_tokens,
-        oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False,
-        tp=tp, progress=progress)[0]
+        oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False, tp=tp,
+        progress=progress)[0]
 
 
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
@@ -116,7 +114,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     problem has some, or only if no rollout is correct (anchor_hard_only), before the group is
     accepted or not. end: data.end_token.
 
-    All ranks call together and get the same: (accepted groups, all groups looked at, new position,
+    All ranks call together and get the same: (accepted groups, those looked at, new position,
     prompts issued in vain)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -152,8 +150,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     requests, graded = {}, {}               # of this engine's prompts: vLLM's name, group
     finished, grading = {}, []              # outputs by prompt, then futures of their groups
     engine.reset_prefix_cache()             # never another policy's keys and values
-    hidden = not (progress and is_rank0())
-    bar = tqdm(total=max_prompts, desc="prompts", leave=False, disable=hidden)
+    bar = tqdm(None, "prompts", max_prompts, leave=False, disable=not (progress and is_rank0()))
     with ThreadPoolExecutor(1) as grader:   # grades while the engine goes on
         while True:
             # enough?

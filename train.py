@@ -186,15 +186,14 @@ dist.barrier()
 if from_self:
     anchor_texts = data.remember({}, runs.read_rows(out_dir, "right_answers"), anchors)
 
-compute = getattr(torch, compute_dtype if compute_dtype != "auto" else
-                  "bfloat16" if on_cuda else "float32")
+compute = getattr(torch, compute_dtype.replace("auto", "bfloat16" if on_cuda else "float32"))
 if on_cuda and gpu_memory_utilization is None:
     gpu_memory_utilization = vllm_share(device, held_memory(
         hf_config, world_size, parallel, compute.itemsize, kl_coef > 0))
 load_from = start[0] if start else model
 engine = rollout.build_engine(load_from, context, seed, rollout_dtype, gpu_memory_utilization,
                               max_num_seqs, tp)
-vllm_bytes = torch.cuda.memory_allocated() if on_cuda else 0
+vllm_bytes = torch.cuda.memory_allocated()  # 0 on a CPU
 if compute == torch.bfloat16:
     torch.set_float32_matmul_precision("high")  # TF32 for NTHR's scores
 home = "cpu" if parallel == "fsdp" else device
@@ -244,8 +243,7 @@ def set_learning_rate(step):
     """Linear warm-up, then constant, or linear decay to 0."""
     rest = max(0.0, 1 - (step - 1) / decay_steps) if decay_steps else 1.0
     lr = learning_rate * rest * min(1.0, step / (warmup_steps + 1))
-    for param_group in optimizer.param_groups:
-        param_group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     return lr
 
 

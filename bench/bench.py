@@ -11,14 +11,18 @@ head     A head of Qwen2.5-1.5B's shape (V 151,936, d 1,536, random weights) by 
 prompts  The same step with each group's prompt (and what all prompts begin with) computed once, and
          again for every response: a group each, its prompt's first token another, so that nothing
          is in common. For few-shot prompts with short answers and short prompts with long ones.
-trainer  Micro-batches of a model of that shape with random weights, by token budget, activation
-         checkpointing and compile: tokens a second, MFU against this card's own bf16 products, the
-         head's share, memory, AdamW's step.
-rollout  sample_batch against plain LLM.generate on the same requests, what oversample wastes,
-         weight push, sleep and wake, and the log-probability gap after the first and the tenth
-         push, all of the quickstart's model.
+trainer  Micro-batches of a model of that shape with random weights, by token budget and activation
+         checkpointing: tokens a second, MFU against this card's own bf16 products (6 FLOPs a
+         parameter and packed token; in brackets with those of attention), the head's share,
+         memory, AdamW's step. On a GPU TORCH_COMPILE_DISABLE=1 shows what compiling gains.
+profile  The ten kernels that take most of such a micro-batch of the first budget. CUDA.
+rollout  sample_batch against plain LLM.generate on the same requests; streaming by oversample, and
+         sampling in rounds (all missing prompts, all of their responses, again): what is in vain;
+         weight push, memory, sleep at both levels and wake, and the log-probability gap after the
+         first and the tenth push. Of the quickstart's model, or with --random_weights=True of one
+         of that shape with the quickstart's tokenizer, where every response is of full length.
 
-"all" is without the last two on a CPU, where they run too at a size that fits:
+"all" is without the last three on a CPU, where two run too at a size that fits:
     --part=trainer --layers=2 --width=96 --mlp=256 --vocabulary=1000 --budgets='(512,)'
         --lengths='(20,60)'
     --part=rollout --rollout_prompts=8 --rollout_tokens=24
@@ -27,9 +31,11 @@ every 2 ms on a CPU.
 """
 import itertools
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,14 +43,14 @@ import rollout  # before torch, whose threads it sets
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2Model
 
 import model_utils
 from advantages import Old, influence
 from configurator import check, configure
 from data import Group, encode_prompts, load_problems, load_tokenizer
 
-part = "all"                  # "step", "head", "prompts", "trainer", "rollout" or "all"
+part = "all"                  # one of PARTS, at the end, or "all"
 model = "models/SmolLM2-135M-Instruct"
 groups = 12                   # groups in the step, as large as the quickstart's
 group_size = 4
@@ -56,18 +62,21 @@ vocabulary = 151_936
 width = 1_536
 layers = 28
 mlp = 8_960                   # width of the MLP
-budgets = (16_384, 32_768)    # packed tokens of a micro-batch, trainer part
+budgets = (16_384, 32_768)    # packed tokens of a micro-batch, trainer and profile parts
 lengths = (500, 3_000)        # shortest and longest response there
 rollout_data = "arithmetic"   # data set of the rollout part; longer answers say more on a GPU
 rollout_prompts = 256         # prompts of the rollout part, group_size responses each
 rollout_tokens = 512          # tokens a response there has at most
+random_weights = False        # rollout part: a model of the shape above
 
 config = configure(globals())
 
-CHUNK = 512  # rows of logits at a time
+CHUNK = 1024  # rows of logits at a time
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cuda = device.type == "cuda"
 dtype = torch.bfloat16 if on_cuda else torch.float32
+if on_cuda:  # as train.py
+    torch.set_float32_matmul_precision("high")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ def step():
         began = now()
         if vocab:
             for group, *old in zip(made, *(x.detach().split(size) for x in (logp, *others))):
-                influence(Old(*old, head), np.concatenate(group.responses), source, vocab, CHUNK)
+                influence(Old(*old, head), np.concatenate(group.responses), source, vocab)
         scoring[vocab].append(now() - began)
         logp.mean().backward()
 
@@ -222,8 +231,8 @@ def head():
 
         results = measure(
             train_head,
-            lambda: influence(old, ids, source, "response", CHUNK),
-            lambda: influence(old, ids, source, "full", CHUNK),
+            lambda: influence(old, ids, source, "response"),
+            lambda: influence(old, ids, source, "full"),
             lambda: naive(h.float(), y, frozen.float(), torch.from_numpy(source).to(device)),
             train_layer)
         (*seconds, of_layer), (*peaks, _) = zip(*results)
@@ -244,6 +253,13 @@ def shape(**others):
     return Qwen2Config(**given | others)
 
 
+def random_model(param_dtype):
+    """A model of that shape with random weights, on the device: a CPU takes long to draw them."""
+    with device:
+        return AutoModelForCausalLM.from_config(
+            shape(), dtype=param_dtype, attn_implementation="packed")
+
+
 def prompts():
     policy = model_utils.load_policy(model, dtype, device)
     print(f"\nprompts computed once or again for every response, {model}, forward and backward, "
@@ -257,7 +273,7 @@ def prompts():
             for i in range(len(group.responses)):
                 first = np.array([len(alone)], dtype=np.int32)  # of the prompt: like no other's
                 prompt = np.concatenate([first, group.prompt[1:]])
-                alone.append(replace(model_utils.part_of(group, i, i + 1), prompt=prompt))
+                alone.append(replace(group.part(i, i + 1), prompt=prompt))
 
         def run(units):
             policy.zero_grad(set_to_none=True)
@@ -291,20 +307,16 @@ def trainer():
     print(f"\ntrainer, {layers} layers, d {width}, MLP {mlp}, V {vocabulary}, random weights, "
           f"responses of {lengths[0]} to {lengths[1]}, {dtype}, {device}; products of {side} x "
           f"{side}: {ceiling / 1e12:.1f} TFLOP/s")
-    line("budget", "checkpointing", "compile", "packed", "seconds", "tokens/s", "MFU",
-         "head / all", "peak GiB", "AdamW s")
-    compiling = (False, True) if on_cuda else (False,)
-    for case in itertools.product(budgets, (False, True), compiling):
+    line("budget", "checkpointing", "packed", "seconds", "tokens/s", "MFU", "head / all",
+         "peak GiB", "AdamW s")
+    for case in itertools.product(budgets, (False, True)):
         train_micro_batch(*case, ceiling)
 
 
-def train_micro_batch(budget, checkpointing, compiled, ceiling):
+def train_micro_batch(budget, checkpointing, ceiling):
     """A row of the trainer's table. ceiling: FLOPs a second of the card's own products."""
-    policy = model_utils.load_policy(shape(), dtype, device, checkpointing)
-    for layer in policy.model.base_model.layers if compiled else ():
-        layer.compile(dynamic=True)
+    policy, batch = policy_and_batch(budget, checkpointing)
     optimizer = model_utils.make_optimizer(policy, 1e-6, 0.0)
-    batch = model_utils.pack_units(filled(budget), 10**9, device)[0].batches[0]
     weight = policy.model.get_output_embeddings().weight
     h = torch.randn(len(batch.targets), width, device=device, dtype=dtype, requires_grad=True)
 
@@ -318,86 +330,164 @@ def train_micro_batch(budget, checkpointing, compiled, ceiling):
     (whole, peak), (of_head, _), (of_step, _) = measure(
         forward_backward, head_alone, lambda: model_utils.optimizer_step(policy, optimizer, 1.0))
     packed = batch.input_ids.numel()
-    mfu = 6 * sum(p.numel() for p in policy.parameters()) * packed / whole / ceiling
-    line(budget, checkpointing, compiled, packed, whole, packed / whole, mfu, of_head / whole,
-         peak / 1024, of_step)
+    own, seen = batch.cu_q.diff().double(), batch.cu_k.diff().double()
+    pairs = (own * (seen - own) + own * (own + 1) / 2).sum().item()  # of a query and a key
+    flops = 6 * sum(p.numel() for p in policy.parameters()) * packed
+    with_attention = flops + 12 * layers * width * pairs
+    line(budget, checkpointing, packed, whole, f"{packed / whole:.0f}",
+         f"{flops / whole / ceiling:.1%} ({with_attention / whole / ceiling:.1%})",
+         f"{of_head / whole:.1%}", peak / 1024, of_step)
+
+
+def policy_and_batch(budget, checkpointing=False):
+    """A policy with random weights, and a micro-batch for it."""
+    policy = model_utils.Policy(random_model(torch.float32).train(), dtype)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return policy, model_utils.pack_units(filled(budget), 10**9, device)[0].batches[0]
+
+
+def profile():
+    policy, batch = policy_and_batch(budgets[0])
+    for _ in range(2):  # the first is the warm-up
+        with torch.profiler.profile() as profiler:
+            policy(batch, 1.0)[0].mean().backward()
+            now()
+    kernels = [e for e in profiler.key_averages() if e.self_device_time_total and not e.cpu_time]
+    whole = sum(e.self_device_time_total for e in kernels)
+    print(f"\nprofile of a micro-batch of {batch.input_ids.numel()} packed tokens, forward and "
+          f"backward: {whole / 1e6:.3f} s of kernels, {dtype}, {device}")
+    line("kernel", "calls", "ms", "share")
+    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:10]:
+        line(f"`{e.key[:90]}`", e.count, e.self_device_time_total / 1e3,
+             f"{e.self_device_time_total / whole:.1%}")
 
 
 def rollouts():
     from vllm import SamplingParams
 
     model_utils.setup_distributed()
-    tokenizer, _ = load_tokenizer(model)
-    problems = load_problems(rollout_data, "train", "rollout_data")[:rollout_prompts]
-    asked = encode_prompts(tokenizer, problems, rollout_data)
-    engine = rollout.build_engine(model, max(map(len, asked)) + rollout_tokens, 0, "auto")
-    policy = model_utils.load_policy(model, dtype, device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = folder if random_weights else model
+        if random_weights:
+            random_model(dtype).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        tokenizer, _ = load_tokenizer(path)
+        problems = load_problems(rollout_data, "train", "rollout_data")[:rollout_prompts]
+        asked = encode_prompts(tokenizer, problems, rollout_data)
+        context = max(map(len, asked)) + rollout_tokens
+        engine = rollout.build_engine(path, context, 0, "auto")
+        policy = model_utils.load_policy(path, dtype, device)
     sizes = dict(temperature=1.0, max_response_tokens=rollout_tokens)
 
-    def plain():
+    def plain(**kw):
         engine.reset_prefix_cache()
         params = SamplingParams(n=group_size, temperature=1.0, max_tokens=rollout_tokens, seed=0,
-                                logprobs=0)
+                                logprobs=0, **kw)
         inputs = [{"prompt_token_ids": p.tolist()} for p in asked]
         outs = engine.generate(inputs, params, use_tqdm=False)
         return sum(len(o.token_ids) for out in outs for o in out.outputs)
 
-    def sampled(count, **kw):
-        """sample_batch until `count` groups are accepted, or all problems looked at."""
+    def sampled(count, position=0, most=len(problems), **kw):
+        """sample_batch until `count` groups are accepted, or `most` prompts sampled."""
         return rollout.sample_batch(
-            engine, tokenizer, problems, asked, 0, seed=0, prompts_per_step=count,
-            group_size=group_size, max_rounds=len(problems) / count, **sizes, **kw)
+            engine, tokenizer, problems, asked, position, seed=0, prompts_per_step=count,
+            group_size=group_size, max_rounds=most / count, **sizes, **kw)
 
     def ours():
         made, *_ = sampled(len(problems), oversample=np.inf, dynamic_sampling=False)
         return sum(sum(g.lengths) for g in made)
 
-    print(f"\nrollouts, {model}, {len(problems)} prompts x {group_size} responses of at most "
-          f"{rollout_tokens} tokens, {device}")
-    rates = {plain: [], ours: []}
+    print(f"\nrollouts, {'random weights' if random_weights else model}, {len(problems)} prompts x "
+          f"{group_size} responses of at most {rollout_tokens} tokens, {device}")
+    ways = {"LLM.generate": plain, "sample_batch, graded": ours,
+            "LLM.generate, no text": lambda: plain(detokenize=False, flat_logprobs=True)}
+    rates = {way: [] for way in ways}
     for _ in range(repeat + 1):  # the first is the warm-up
-        for function, of_function in rates.items():
+        for way, function in ways.items():
             began = now()
-            of_function.append(function() / (now() - began))
-    theirs, our = (np.median(of_function[1:]) for of_function in rates.values())
-    print(f"LLM.generate {theirs:.0f} tokens/s; sample_batch, graded, {our:.0f} "
-          f"({our / theirs:.1%})")
-    line("oversample", "seconds", "groups accepted", "looked at", "tokens", "prompts in vain")
-    for oversample in (1.0, 1.5, 3.0):
-        began = now()
-        made, looked, _, wasted = sampled(max(1, len(problems) // 8), oversample=oversample)
-        used = sum(sum(g.lengths) for g in looked)
-        line(oversample, now() - began, len(made), len(looked), used, wasted)
+            rates[way].append(function() / (now() - began))
+    line("way", "tokens/s", "of LLM.generate")
+    rates = {way: np.median(of_way[1:]) for way, of_way in rates.items()}
+    for way, rate in rates.items():
+        line(way, f"{rate:.0f}", f"{rate / rates['LLM.generate']:.1%}")
+    if not random_weights:  # none of those is ever right
+        stream(engine, sampled)
+    push_and_sleep(engine, policy, lambda: rollout.generate_all_ranks(
+        engine, tokenizer, problems[:8], asked[:8], n=group_size, **sizes))
 
-    @torch.no_grad()
+
+def stream(engine, sampled):
+    """A table of what is sampled until an eighth of the prompts is accepted."""
+    count, tokens = max(1, rollout_prompts // 8), [0]
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    update = scheduler.update_from_output
+
+    def counting(scheduled, output):
+        tokens[0] += sum(map(len, output.sampled_token_ids))
+        return update(scheduled, output)
+
+    def in_rounds():
+        made, looked = [], []
+        while len(made) < count and len(looked) < rollout_prompts:
+            missing = min(count - len(made), rollout_prompts - len(looked))
+            new, all_new, *_ = sampled(missing, len(looked), missing)
+            made, looked = made + new, looked + all_new
+        return made, looked
+
+    ways = {"rounds of all that are missing": in_rounds}
+    for oversample in (1.0, 1.5, 3.0, np.inf):
+        ways[f"streaming, oversample {oversample}"] = partial(sampled, count, oversample=oversample)
+    line("way", "seconds", "groups accepted", "looked at", "tokens sampled", "of those looked at",
+         "of those accepted")
+    scheduler.update_from_output = counting
+    for way, function in ways.items():
+        tokens[0] = 0
+        began = now()
+        made, looked, *_ = function()
+        line(way, now() - began, len(made), len(looked), tokens[0],
+             *(sum(sum(g.lengths) for g in groups) for groups in (looked, made)))
+    scheduler.update_from_output = update
+
+
+@torch.no_grad()
+def push_and_sleep(engine, policy, sample):
+    """A table of ten pushes at each level of sleep, the policy another one each time."""
     def gap():
-        made = rollout.generate_all_ranks(
-            engine, tokenizer, problems[:8], asked[:8], n=group_size, **sizes)
-        units = model_utils.pack_units(made, 8192, device)
-        batches = [batch for unit in units for batch in unit.batches]
+        batches = [b for unit in model_utils.pack_units(sample(), 8192, device)
+                   for b in unit.batches]
         apart = torch.cat([(policy(b, 1.0)[0] - b.rollout_logp).abs() for b in batches])
-        return apart.mean().item(), apart.max().item()
+        return [apart.mean().item(), apart.max().item()]
+
+    def held():
+        free, whole = torch.cuda.mem_get_info() if on_cuda else (np.nan, np.nan)
+        return (whole - free) / 2**30
 
     draw = torch.Generator(device).manual_seed(0)
-    line("push", "sleep s", "wake and push s", "gap: mean", "gap: max")
-    for push in range(1, 11):
-        for p in policy.parameters():  # another policy each time
+    line("level", "push", "sleep s", "wake and push s", "gap: mean", "gap: max",
+         "GiB awake", "asleep", "awake again")
+    line(0, 0, "", "", *gap(), held(), "", "")
+    for level, push in itertools.product((1, 2), range(1, 11)):
+        for p in policy.parameters():
             if p.dim() > 1:
                 noise = torch.randn(p.shape, generator=draw, device=device)
                 p.data.add_(1e-3 * p.data.std() * noise)
-        began = now()
-        rollout.sleep_engine(engine)
-        slept = now()
+        torch.cuda.empty_cache() if on_cuda else None
+        before, began = held(), now()
+        if on_cuda:
+            engine.sleep(level)
+        asleep, slept = held(), now()
         rollout.sync_weights(engine, policy.model)
-        pushed = now()
+        pushed, after = now(), held()
         if push in (1, 10):
-            line(push, slept - began, pushed - slept, *gap())
+            line(level, push, slept - began, pushed - slept, *gap(), before, asleep, after)
 
 
-PARTS = dict(step=step, prompts=prompts, head=head, trainer=trainer, rollout=rollouts)
+PARTS = dict(step=step, prompts=prompts, head=head, trainer=trainer, profile=profile,
+             rollout=rollouts)
 
 if __name__ == "__main__":
-    check(config, dict(part=(*PARTS, "all")))
+    check(config, dict(part=(*PARTS, "all")), {})
     for name, function in PARTS.items():
-        if part == name or part == "all" and (on_cuda or name not in ("trainer", "rollout")):
+        if part == name or part == "all" and (on_cuda or name in ("step", "prompts", "head")):
             function()

@@ -78,7 +78,7 @@ def load(name):
 
 
 def update_memory(config, params, ranks=1, parallel="ddp", compute_bytes=2, tokens=8192,
-                  activation_checkpointing=False, head_chunk=512):
+                  activation_checkpointing=False, head_chunk=1024):
     """What an update takes of one GPU beside weights, moments and reference, GiB by part.
     tokens: packed tokens of a micro-batch; CUDA's context and fragments come on top."""
     layers, d = config.num_hidden_layers, config.hidden_size
