@@ -330,7 +330,7 @@ class HeadLogprob(torch.autograd.Function):
         w = weight.to(h.dtype)
         dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=lse.dtype)
         grad = -grad / ctx.temperature
-        of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1 for p elsewhere
+        of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1, not p
         for a in range(0, len(h), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
             d = head_errors(h[rows], w, lse[rows], grad[rows], ctx.temperature)
