@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import AutoModelForCausalLM
+
 ROOT = Path(__file__).resolve().parent.parent
 # what other tests of this process have set
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,3 +38,18 @@ def test_a_variant_in_ten_lines(tmp_path, model_dir):
     done = subprocess.run([sys.executable, "train.py", f"--variant={variant}"], cwd=ROOT,
                           capture_output=True, text=True, env=clean)
     assert done.returncode == 2 and f"'{variant}' is none of grpo" in done.stderr
+
+
+@pytest.mark.parametrize("part", ["all", "trainer"])
+def test_bench_runs(run, tmp_path, model_dir, part):
+    """Its figures are for people to read: here every one of them is a number."""
+    AutoModelForCausalLM.from_pretrained(model_dir, num_hidden_layers=1).save_pretrained(tmp_path)
+    done = run("bench/bench.py", f"--part={part}", f"--model={tmp_path}", "--repeat=1",
+               "--groups=1", "--group_size=2", "--layers=1", "--width=96", "--mlp=96",
+               "--vocabulary=1000", "--tokens=(64,)", "--budgets=(256,)", "--lengths=(20,60)")
+    tables = re.findall(r"\n\|---.*\n((?:\|.*\n)+)", done.stdout)
+    cells = [cell for table in tables for row in table.splitlines()
+             for cell in re.split(r" ?\| ?", row)[2:-1]]
+    assert len(tables) == {"all": 3, "trainer": 1}[part] and len(cells) > 10
+    numbers = [re.match(r"[\d.]+", cell) for cell in cells if cell not in ("True", "False")]
+    assert all(numbers) and "nan" not in done.stdout
