@@ -410,7 +410,7 @@ def rollouts():
     line("way", "tokens/s", "of LLM.generate")
     rates = {way: np.median(of_way[1:]) for way, of_way in rates.items()}
     for way, rate in rates.items():
-        line(way, f"{rate:.0f}", f"{rate / rates['LLM.generate']:.1%}")
+        line(way, round(rate), f"{rate / rates['LLM.generate']:.1%}")
     if not random_weights:  # none of those is ever right
         stream(engine, sampled)
     push_and_sleep(engine, policy, lambda: rollout.generate_all_ranks(
@@ -472,7 +472,6 @@ def push_and_sleep(engine, policy, sample):
             if p.dim() > 1:
                 noise = torch.randn(p.shape, generator=draw, device=device)
                 p.data.add_(1e-3 * p.data.std() * noise)
-        torch.cuda.empty_cache() if on_cuda else None
         before, began = held(), now()
         if on_cuda:
             engine.sleep(level)
