@@ -40,5 +40,5 @@ def sample(engine, tokenizer):
 if __name__ == "__main__":
     setup_distributed()
     engine = rollout.build_engine(MODEL, 160, 0, "float32")
-    print0("SAMPLED", *sample(engine, load_tokenizer(MODEL)[0]))
+    print0(" ".join(map(str, sample(engine, load_tokenizer(MODEL)[0]))))
     del engine  # its shutdown ends the process group
