@@ -190,8 +190,8 @@ def as_many(selected, by, lengths):
 def gwhes(s_positive, s_negative, group):
     """Group-weighted hidden embedding score of correct responses ([NTHR] eq. 5), others nan: (G,).
     s_positive, s_negative (n,): `influence` with the group's correct, and its incorrect, tokens as
-    source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ and p-: 1-p and p over
-    sqrt(p(1-p))."""
+    source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
+    p/sqrt(p(1-p))."""
     p = group.reward.mean(dtype=np.float64)
     if p in (0, 1):
         return s_positive.new_full((len(group.reward),), torch.nan)

@@ -136,8 +136,8 @@ def ask_server(url, model, prompts, temperature):
             return None
         try:
             choice = server.chat.completions.create(
-                model=model, messages=chat(prompt), temperature=temperature, max_tokens=JUDGE_TOKENS
-            ).choices[0]
+                model=model, messages=chat(prompt), temperature=temperature,
+                max_tokens=JUDGE_TOKENS).choices[0]
             failures = 0
             return choice.message.content if choice.finish_reason == "stop" else None
         except Exception as e:  # whatever a server does, the run goes on

@@ -114,7 +114,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     problem has some, or only if no rollout is correct (anchor_hard_only), before the group is
     accepted or not. end: data.end_token.
 
-    All ranks call together and get the same: (accepted groups, those looked at, new position,
+    All ranks call together and get the same: (accepted groups, all groups looked at, new position,
     prompts issued in vain)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -71,7 +71,6 @@ random_weights = False        # rollout part: a model of the shape above
 
 config = configure(globals())
 
-CHUNK = 1024  # rows of logits at a time
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cuda = device.type == "cuda"
 dtype = torch.bfloat16 if on_cuda else torch.float32
@@ -218,13 +217,13 @@ def head():
         y = torch.randint(kinds, (n,), generator=draw)
         ids, source, y = y.numpy(), np.arange(n) < n // 2, y.to(device)
         with torch.no_grad():
-            logp, entropy, lse = model_utils.HeadLogprob.apply(h, frozen, y, 1.0, CHUNK)
+            logp, entropy, lse = model_utils.HeadLogprob.apply(h, frozen, y, 1.0)
         old = Old(logp, entropy, h, lse, frozen)
 
         def train_head():
             weight.grad = None
             states = h.clone().requires_grad_()
-            model_utils.HeadLogprob.apply(states, weight, y, 1.0, CHUNK)[0].mean().backward()
+            model_utils.HeadLogprob.apply(states, weight, y, 1.0)[0].mean().backward()
 
         def train_layer():
             layer(inputs_embeds=x, use_cache=False).last_hidden_state.mean().backward()
@@ -324,7 +323,7 @@ def train_micro_batch(budget, checkpointing, ceiling):
         policy(batch, 1.0)[0].mean().backward()
 
     def head_alone():
-        logp, *_ = model_utils.HeadLogprob.apply(h, weight, batch.targets, 1.0, CHUNK)
+        logp, *_ = model_utils.HeadLogprob.apply(h, weight, batch.targets, 1.0)
         logp.mean().backward()
 
     (whole, peak), (of_head, _), (of_step, _) = measure(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,7 @@ def test_a_variant_in_ten_lines(tmp_path, model_dir):
     assert done.returncode == 2 and f"'{variant}' is none of grpo" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it has more parts, for large models")
 @pytest.mark.parametrize("part", ["all", "trainer"])
 def test_bench_runs(run, tmp_path, model_dir, part):
     """Its figures are for people to read: here every one of them is a number."""
