@@ -27,6 +27,16 @@ def model_dir():
 
 
 @pytest.fixture(scope="session")
+def small(model_dir, tmp_path_factory):
+    """The model's first layers, where what is tested does not depend on their number."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = tmp_path_factory.mktemp("small")
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        auto.from_pretrained(model_dir, num_hidden_layers=4).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def run():
     """run("train.py", "--x=1", ranks=2): the script as a user starts it, from the root. nodes:
     lists of further flags, one a machine: a launcher and a rank for each, over the loopback."""

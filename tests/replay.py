@@ -3,7 +3,7 @@
     updates, policy = replay(steps, "--variant=nthr", ...)
 
 test_golden.py replays fixed groups, bench/race.py the responses that TRL sampled. As a program
-(under torchrun) it runs cases of test_golden.py and prints what they come to.
+(under torchrun) it replays the groups of a JSON file with the flags of each of its cases.
 """
 import contextlib
 import functools
@@ -24,18 +24,6 @@ import losses
 import model_utils
 import runs
 from data import Group
-
-# cases that have no golden numbers: one rank and two have to agree, with four of the model's layers
-FAMILY_PROBES = [["model.model.embed_tokens.weight", 33, 7],
-                 ["model.model.layers.0.self_attn.q_proj.weight", 5, 9],
-                 ["model.model.layers.3.mlp.up_proj.weight", 11, 2]]
-FAMILY = {
-    "thr_sign_llds": ["--variant=thr", "--thr_p=0.1", "--advantage_norm=sign", "--llds=0.2",
-                      "--pos_weight=0.1", "--prompts_per_update=2", "--learning_rate=1e-4"],
-    "entropy_top_gspo": ["--variant=entropy_top", "--loss=gspo", "--loss_norm=response",
-                         "--clip_low=3e-4", "--clip_high=4e-4", "--prompts_per_update=2"],
-    "spare_logp_cispo": ["--variant=spare_logp", "--nthr_eta=0.0", "--loss=cispo",
-                         "--prompts_per_update=2"]}
 
 
 def read_groups(rows):
@@ -110,17 +98,11 @@ def replay(steps, *flags, probes=()):
 
 
 if __name__ == "__main__":
-    golden = json.load(open(ROOT / "tests" / "golden.json"))
+    with open(sys.argv[1]) as f:
+        given = json.load(f)
     model_utils.setup_distributed()
-    out_dir, parallel, *names = sys.argv[1:]
-    found = {}
-    for name in names:
-        flags, probes = golden["flags"].get(name), golden["probes"]
-        if name in FAMILY:
-            flags, probes = [*FAMILY[name], f"--model={out_dir}/small"], FAMILY_PROBES
-        found[name], _ = replay(
-            [read_groups(golden["groups"])], *golden["common"], *flags,
-            f"--parallel={parallel}", f"--out_dir={out_dir}/{name}", probes=probes)
+    found = {name: replay([read_groups(given["groups"])], *flags, probes=given["probes"])[0]
+             for name, flags in given["cases"].items()}
     if dist.get_rank() == 0:
         print("REPLAYED", json.dumps(found), flush=True)
     dist.destroy_process_group()
