@@ -8,14 +8,16 @@ of its n response tokens are tensors on the device, one response after the other
     responses of 2, 1 and 3 tokens, the second one right:
     reward (3,)     0  1  0             advantage of grpo (6,)   -.71 -.71 1.41 -.71 -.71 -.71
 
-Rewards are 1 for a correct response, else 0. p is a group's share of correct ones. [NTHR] is arXiv
-2505.18830, [THR] 2510.03669, [DaGRPO] 2512.06337, [NSR] 2506.01347, [ENTROPY] 2506.01939, [DrGRPO]
-2503.20783."""
+Rewards are 1 for a correct response, else 0; of fractions those over data.RIGHT are correct. p is a
+group's share of correct ones. [NTHR] is arXiv 2505.18830, [THR] 2510.03669, [DaGRPO] 2512.06337,
+[NSR] 2506.01347, [ENTROPY] 2506.01939, [DrGRPO] 2503.20783."""
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from data import RIGHT
 
 VARIANTS = ("grpo", "pos_only", "random", "nthr", "spare_entropy", "spare_logp", "thr",
             "entropy_top", "dagrpo")
@@ -24,6 +26,8 @@ SCORED = ("random", "nthr", "spare_entropy", "spare_logp", "thr")  # those that 
 # what NTHR leaves of a selected token's advantage, by the group's success rate p: [NTHR] section 5
 ETAS = {"2|0.5-p|": lambda p: 2 * abs(0.5 - p), "p": lambda p: p, "1-p": lambda p: 1 - p}
 ETAS[None] = ETAS["2|0.5-p|"]
+CHOICES = dict(variant=VARIANTS, nthr_eta=(*ETAS, float), nthr_vocab=("response", "full"),
+               advantage_norm=("std", "mean", "sign"))  # of settings
 
 
 @dataclass
@@ -45,7 +49,7 @@ def group_advantages(reward, advantage_norm="std"):
     other response. A group with one outcome has no signal: all 0. "sign": 1 for right, -1 for wrong
     responses, whatever the others are ([NSR])."""
     if advantage_norm == "sign":
-        return np.where(reward == 1, 1.0, -1.0)
+        return np.where(reward > RIGHT, 1.0, -1.0)
     centred = reward.astype(np.float64) - reward.mean(dtype=np.float64)
     if advantage_norm == "mean":
         return centred
@@ -56,7 +60,7 @@ def group_advantages(reward, advantage_norm="std"):
 def response_advantages(group, advantage_norm="std", pos_weight=1.0, neg_weight=1.0):
     """The advantages of a group's responses before a variant, (G,): all 0 without a signal.
     [NSR]: advantage_norm "sign", weights 1 and 0 (PSR), 0 and 1 (NSR), 0.1 and 1 (W-REINFORCE)."""
-    weight = np.where(group.reward == 1, pos_weight, neg_weight)
+    weight = np.where(group.correct, pos_weight, neg_weight)
     return weight * group_advantages(group.reward, advantage_norm)
 
 
@@ -93,7 +97,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
         # the first tokens of all responses have one entropy, but for rounding: all of them or none
         A = A * (old.entropy >= lowest - 1e-5)
     if variant in SCORED:
-        tokens, correct = np.concatenate(group.responses), np.repeat(group.reward == 1, lengths)
+        tokens, correct = np.concatenate(group.responses), np.repeat(group.correct, lengths)
         wrong = to_device(~correct, A, torch.bool)
         source = correct / np.repeat(lengths, lengths) if variant == "thr" else correct
         s = influence(old, tokens, source, nthr_vocab)
@@ -111,7 +115,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
             by = {"random": draws.to(A.device, non_blocking=True), "spare_entropy": old.entropy,
                   "spare_logp": -old.logp}[variant]
             selected = as_many(selected, by, lengths)
-        p = group.reward.mean(dtype=np.float64)
+        p = group.correct.mean()
         eta = ETAS[nthr_eta](p) if nthr_eta in ETAS else nthr_eta
         A = torch.where(selected, (0.0 if variant == "random" else eta) * A, A)
         if figures is not None:
@@ -166,7 +170,7 @@ def threshold(s, group, beta=1.0):
     """tau = beta x the lowest mean of s of a correct response, ().
     [NTHR] eq. 9. The sum in s is over all correct responses, the response itself included, as in
     the formulas. tau may be negative; -inf for beta=-inf; inf without a correct response."""
-    means = [x.mean() for x, reward in zip(s.split(group.lengths), group.reward) if reward == 1]
+    means = [x.mean() for x, correct in zip(s.split(group.lengths), group.correct) if correct]
     if not means or beta == -np.inf:
         return s.new_full((), -torch.inf if means else torch.inf)
     return beta * torch.stack(means).min()
@@ -175,7 +179,7 @@ def threshold(s, group, beta=1.0):
 def nthr_select(s, group, beta=1.0):
     """(selected (n,), tau ()): tokens of incorrect responses with s (n,) > tau, see `threshold`.
     [NTHR] eq. 8, Algorithm 1. beta=-inf selects every incorrect token."""
-    wrong = to_device(np.repeat(group.reward == 0, group.lengths), s, torch.bool)
+    wrong = to_device(np.repeat(~group.correct, group.lengths), s, torch.bool)
     tau = threshold(s, group, beta)
     return wrong & (s > tau), tau
 
@@ -192,13 +196,13 @@ def gwhes(s_positive, s_negative, group):
     s_positive, s_negative (n,): `influence` with the group's correct, and its incorrect, tokens as
     source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
     p/sqrt(p(1-p))."""
-    p = group.reward.mean(dtype=np.float64)
+    p = group.correct.mean()
     if p in (0, 1):
-        return s_positive.new_full((len(group.reward),), torch.nan)
+        return s_positive.new_full((len(group.correct),), torch.nan)
     positive, negative = (torch.stack([x.sum() for x in s.split(group.lengths)])
                           for s in (s_positive, s_negative))
     score = (p * negative - (1 - p) * positive) / np.sqrt(p * (1 - p))
-    return score.where(to_device(group.reward == 1, score, torch.bool), torch.nan)
+    return score.where(to_device(group.correct, score, torch.bool), torch.nan)
 
 
 # ---- DaGRPO: which responses a judge can tell apart ----------------------------------------------

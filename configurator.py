@@ -5,7 +5,8 @@
 A script assigns its settings as plain globals and then calls `configure(globals())`. Arguments
 without `--` are config files: Python, executed in order, later ones win. `--key=value` and `--key
 value` win over files; a bare `--key` turns a boolean on, and a setting that is `()` takes all words
-up to the next flag. The type of a setting is that of its default; None takes anything."""
+up to the next flag. The type of a setting is that of its default; None takes anything. A function
+in a file is the text "FILE.py:NAME"."""
 import ast
 import builtins
 import difflib
@@ -13,6 +14,7 @@ import inspect
 import math
 import operator
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -83,11 +85,22 @@ def _run_file(path, settings):
     found = {}
     for key, value in scope.items():
         where = f"config file {path}, line {lines.get(key, '?')}"
+        if inspect.isfunction(value):
+            value = f"{value.__code__.co_filename}:{value.__name__}"
         if key in settings:
             found[key] = (value, where)
         elif key in lines and not key.startswith("_"):  # imports and _helpers are its own business
             _unknown(key, settings, where)
     return found
+
+
+def load_function(name, key):
+    """The function "FILE.py:NAME", the value of the setting `key`; ends the program without it."""
+    file, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(file)[function]
+    except Exception as e:  # whatever is in the file
+        die(f"{key}: {name} is no function of a file, FILE.py:NAME: {e!r}")
 
 
 def configure(script_globals, argv=None):
@@ -144,13 +157,16 @@ def settings_for(function, config):
     return {key: config[key] for key in inspect.signature(function).parameters if key in config}
 
 
-def check(settings, known, ranges, infinite=""):
+def check(settings, known, ranges, infinite="", texts="", counts=""):
     """End the program if a setting has a value that no run can use.
     known: {key: a tuple of the values it may have and of their types, or a list of those that the
     setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, of numbers.
-    infinite: keys of numbers that may be infinite."""
+    infinite: keys that may be. texts, counts: keys of what is None or a text, or a whole number."""
     types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
-    for key, values in known.items():
+    for keys, kind in ((texts, str), (counts, int)):
+        known = known | dict.fromkeys(keys.split(), (None, kind))
+    for key in known.keys() & settings.keys():
+        values = known[key]
         for value in settings[key] if isinstance(values, list) else (settings[key],):
             kinds = {type(value), float} if type(value) is int else {type(value)}
             if value not in values and not kinds & {*values}:
@@ -160,6 +176,8 @@ def check(settings, known, ranges, infinite=""):
         if isinstance(value, float) and (math.isnan(value) or
                                          math.isinf(value) and key not in infinite.split()):
             die(f"{key}: {value} is not a finite number")
+    if settings.get("reward"):
+        load_function(settings["reward"], "reward")
     holds = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
     for bound, keys in (*ranges.items(), (">= 0", "seed"), ("< 4294967296", "seed"), ("> 0", "tp")):
         sign, limit = bound.split()

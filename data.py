@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -10,8 +11,11 @@ from functools import lru_cache, partial
 import numpy as np
 import torch.distributed as dist
 
-from configurator import die, print0
+from config.sets import BOXED, CHOICE, MADE, SETS, STYLES
+from configurator import die, load_function, print0
 from grader import grade_all
+
+RIGHT = 0.5  # a response of more reward is right, where rewards are fractions
 
 
 @dataclasses.dataclass
@@ -22,7 +26,7 @@ class Group:
     responses: list            # G arrays (R_i,) int32, token ids, end-of-sequence included
     rollout_logp: list         # G arrays (R_i,) float32, vLLM's, of each sampled token
     texts: list                # G str, special tokens left out
-    reward: np.ndarray         # (G,) float32, 1 correct, 0 incorrect
+    reward: np.ndarray         # (G,) float32, 1 correct, 0 incorrect, or in between
     truncated: np.ndarray = None  # (G,) bool, cut off at max_response_tokens, so incorrect
     is_anchor: np.ndarray = None  # (G,) bool, a demonstration that the policy did not sample
     score: np.ndarray = None   # (G,) float, the judge's, in [1, 10]; nan: not judged
@@ -40,9 +44,14 @@ class Group:
         return [len(r) for r in self.responses]
 
     @property
+    def correct(self):
+        """(G,) bool, responses that are right."""
+        return self.reward > RIGHT
+
+    @property
     def right(self):
         """(G,) bool, rollouts that are right; demonstrations are none."""
-        return (self.reward == 1) & ~self.is_anchor
+        return self.correct & ~self.is_anchor
 
     def part(self, first, stop):
         """The responses first to stop - 1, as a group."""
@@ -52,69 +61,30 @@ class Group:
 
 def mixed(group):
     """Are some responses right and some wrong? Else they tell nothing apart within the group."""
-    return group.reward.min() < group.reward.max()
+    return group.correct.min() < group.correct.max()
 
 
-def accuracy(groups):
-    """Mean over groups of the mean reward of their rollouts; demonstrations do not count."""
-    return float(np.mean([g.reward[~g.is_anchor].mean() for g in groups])) if groups else np.nan
+def accuracy(groups, of="correct"):
+    """Mean over groups of the share of their rollouts that are right, or of their mean reward."""
+    shares = [getattr(g, of)[~g.is_anchor].mean() for g in groups]
+    return float(np.mean(shares)) if groups else np.nan
 
 
 PER_RESPONSE = ("responses", "rollout_logp", "texts", "truncated", "reward", "is_anchor", "score",
                 "weight")
 
 
-# ---- sets that are made here: split ("train" or "test") -> rows ----------------------------------
-
-def arithmetic_problems(split, operators="+-", held_out=128):
-    """Two-digit sums and differences (never negative) in a fixed order, some of them held out."""
-    pairs = [(a, op, b) for op in operators for a in range(10, 100) for b in range(10, a + 1)]
-    random.Random(0).shuffle(pairs)
-    flip = random.Random(1)
-    rows = []
-    for a, op, b in pairs[:held_out] if split == "test" else pairs[held_out:]:
-        answer = a + b if op == "+" else a - b
-        problem = f"{b} + {a}" if op == "+" and flip.random() < 0.5 else f"{a} {op} {b}"
-        rows.append({"problem": problem, "answer": str(answer)})
-    return rows
-
-
-def sum_problems(split):
-    """Sums of three two-digit numbers, worked in two steps; 128 of 4,096 are held out."""
-    draw = random.Random(0)
-    triples = sorted({tuple(draw.randint(10, 99) for _ in range(3)) for _ in range(5000)})
-    draw.shuffle(triples)
-    rows = {}
-    for a, b, c in triples:
-        solution = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c} \\boxed{{{a + b + c}}}"
-        row = {"problem": f"{a} + {b} + {c}", "answer": str(a + b + c), "solution": solution}
-        rows.setdefault(tuple(sorted((a, b, c))), row)  # not the same sum in another order
-    rows = list(rows.values())
-    return rows[:128] if split == "test" else rows[128:4096]
-
-
-MADE = {"arithmetic": arithmetic_problems, "sums": sum_problems,
-        "addition": partial(arithmetic_problems, operators="+", held_out=512)}
-
-
-# ---- known sets: (name, split) -> file in data_dir without .jsonl, which bench/get_data.py fetches
-
-TESTS = ("aime24 aime25 amc23 amc83 math500 minerva_math olympiadbench arc_c gpqa_diamond "
-         "mmlu_pro gsm8k").split()
-SETS = {(name, "test"): name for name in TESTS} | {
-    ("mmlu_pro", "test"): "mmlu_pro_500",
-    ("gsm8k", "test"): "gsm8k_test", ("gsm8k", "train"): "gsm8k_train",
-    ("math", "train"): "math_lvl3to5_12k_split", ("deepscaler", "train"): "deepscaler_sub",
-    ("openr1-math-46k-8192", "train"): "openr1-math-46k-8192",
-}
-
+# ---- problems ------------------------------------------------------------------------------------
 
 def load_problems(name, split, key="dataset", data_dir="data"):
-    """Rows {"problem": str, "answer": str} of a set: a name of MADE or SETS, or a JSON Lines file.
-    Rows may have "solution" (a demonstration), "n_choices" (the answer is a letter) and more. key:
-    the setting that named the set."""
+    """Rows {"problem": str, "answer": str} of a set: a name of MADE or SETS, a JSON Lines file, or
+    a function of the split, "FILE.py:NAME". Rows may have "solution" (a demonstration), "n_choices"
+    (the answer is a letter) and more. key: the setting that named the set."""
     if name in MADE:
         return MADE[name](split)
+    if ".py:" in name:
+        rows = load_function(name, key)(split)
+        return _read_problems(name, key, lines=[json.dumps(row).encode() for row in rows])
     file = SETS.get((name, split))
     path = f"{data_dir}/{file}.jsonl" if file else name
     if os.path.isfile(path):
@@ -125,10 +95,10 @@ def load_problems(name, split, key="dataset", data_dir="data"):
     die(f"{key}: there is no file {path}; {known}")
 
 
-def _read_problems(path, key, second="answer"):
-    """Rows of a JSON Lines file, which have two texts: `problem` and `second`."""
+def _read_problems(path, key, second="answer", lines=None):
+    """Rows of a JSON Lines file, or lines, which have two texts: `problem` and `second`."""
     rows = []
-    for number, line in enumerate(open(path, "rb"), 1):
+    for number, line in enumerate(lines or open(path, "rb"), 1):
         if not line.strip():
             continue
         where = f"{key}: {path}, line {number}"
@@ -200,14 +170,14 @@ def share_out(function, items):
     return [shares[i % world][i // world] for i in range(len(items))]
 
 
-def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end):
+def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end, *of_grader):
     """Set row["solution"] to the first right demonstration that is short enough to be trained on,
     else the first right one, or None. Returns the short ones, {problem: {text: nan}}. All call."""
     def choose(share):
         items = [(text, row) for row, _, texts in share for text in texts]
-        verdicts = iter(grade_all(items))
+        verdicts = iter(grade_all(items, *of_grader))
         for row, prompt, texts in share:
-            right = [text for text in texts if next(verdicts)]
+            right = [text for text in texts if next(verdicts) > RIGHT]
             short = [text for text in right
                      if len(encode_anchor(tokenizer, prompt, text, end)) <= max_response_tokens]
             yield dict(row, solution=(short + right + [None])[0]), dict.fromkeys(short, np.nan)
@@ -282,23 +252,7 @@ def with_anchors(group, texts, ids, most):
     return dataclasses.replace(group, **added, weight=None)
 
 
-# ---- prompts: how a set's problems are put to a model, if not as BOXED ---------------------------
-
-BOXED = dict(few_shot=(), system_prompt=(
-    "Please reason step by step, and put your final answer within \\boxed{}."))
-CHOICE = dict(few_shot=(), system_prompt=(
-    "Please reason step by step, and put the letter of your choice within \\boxed{}."))
-ARITHMETIC = dict(
-    # with a problem 97 tokens: three blocks of 32, which vLLM caches, and one
-    system_prompt="Work out the answer, in a box.",
-    few_shot=(("57 + 38", "57 + 38 = 95 \\boxed{95}"), ("64 - 23", "64 - 23 = 41 \\boxed{41}")),
-    max_response_tokens=28)
-SUMS = dict(
-    ARITHMETIC, max_response_tokens=48,
-    few_shot=(("57 + 38 + 46", "57 + 38 = 95, 95 + 46 = 141 \\boxed{141}"),
-              ("64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}")))
-STYLES = {"arithmetic": ARITHMETIC, "addition": ARITHMETIC, "sums": SUMS}
-
+# ---- prompts -------------------------------------------------------------------------------------
 
 def chat(*texts):
     """A chat of the user's and the assistant's texts by turns: a list of {"role", "content"}."""
@@ -322,9 +276,12 @@ def encode_chats(tokenizer, chats):
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=None):
+def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=None, prompt=None,
+                   room=math.inf, key="dataset"):
     """Prompt token ids of every problem, a list of int32 arrays (P,). few_shot: ((question,
-    answer), ...) as earlier turns of the chat. None: the data set's own, BOXED for a file."""
+    answer), ...) as earlier turns of the chat. None: the data set's own, BOXED for a file. prompt:
+    "FILE.py:NAME", a function of a row to the whole chat, as of `chat`. A prompt of more than
+    `room` tokens ends the program; `key` is the setting that named the problems."""
     if not problems:
         return []
     lettered = all(row.get("n_choices") for row in problems)
@@ -337,7 +294,14 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=No
         die(f"few_shot: {few_shot!r} is not ((question, answer), ...)")
     head = [{"role": "system", "content": system_prompt}]
     chats = [head + chat(*turns, row["problem"]) for row in problems]
-    return [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
+    if prompt:
+        chats = map(load_function(prompt, "prompt"), problems)
+    prompts = [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
+    lengths = list(map(len, prompts))
+    if max(lengths) > room:
+        die(f"{key}: problem {lengths.index(max(lengths)) + 1}: its prompt has {max(lengths)} "
+            f"tokens; beside a response the model's context has room for {room}")
+    return prompts
 
 
 def load_tokenizer(model, key="model"):
@@ -351,13 +315,3 @@ def load_tokenizer(model, key="model"):
     if not tokenizer.chat_template:
         die(f"{key}: {model}: its tokenizer has no chat template")
     return tokenizer, config
-
-
-def check_lengths(prompts, max_response_tokens, context, name):
-    """Tokens of the longest prompt and a response; ends the program if they do not fit."""
-    lengths = list(map(len, prompts))
-    need = max(lengths) + max_response_tokens
-    if need > context:
-        die(f"{name}, problem {lengths.index(max(lengths)) + 1}: {need} tokens, "
-            f"{max_response_tokens=}, over {context=}")
-    return need

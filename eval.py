@@ -22,7 +22,7 @@ import numpy as np
 import torch.distributed as dist
 
 from configurator import check, configure, die, is_rank0, print0, settings_for
-from data import STYLES, check_lengths, encode_prompts, load_problems, load_tokenizer
+from data import STYLES, encode_prompts, load_problems, load_tokenizer
 from model_utils import setup_distributed
 from runs import check_checkpoint, check_folder, free_name, write_json, write_jsonl, write_whole
 
@@ -39,6 +39,8 @@ max_response_tokens = None    # None: as in training, the set's own, 2048; at mo
 max_problems = None           # the first so many of each set; None: all, or as in training
 system_prompt = None          # None: as in training, else the set's own
 few_shot = None               # likewise
+prompt = None                 # likewise, see train.py
+reward = None                 # likewise
 seed = 0                      # of sampling; the number of ranks changes nothing
 out_dir = None                # None: eval/ beside a run's checkpoints, out/eval for other models
 compare = ()                  # two files of responses: compare them and do nothing else
@@ -136,8 +138,9 @@ def plan(model, tokenizer, room, given):
             die(f"n: {how['n']} greedy responses are all the same; give a temperature")
         problems = load_problems(name, "test", "data", how.get("data_dir") or "data")
         problems = problems[: how.get("max_problems")]
-        prompts = encode_prompts(tokenizer, problems, **settings_for(encode_prompts, how))
-        longest = check_lengths(prompts, 1, room, f"data {name}") - 1
+        of_prompts = settings_for(encode_prompts, how) | {"room": room - 1, "key": f"data {name}"}
+        prompts = encode_prompts(tokenizer, problems, **of_prompts)
+        longest = max(map(len, prompts))
         context = min(room, longest + how["max_response_tokens"])
         how["max_response_tokens"] = context - longest
         # responses to other prompts are not these
@@ -197,11 +200,11 @@ if __name__ == "__main__":
     if compare:
         compare_files(*compare)
         raise SystemExit
-    counts = dict.fromkeys(("max_num_seqs", "max_response_tokens", "max_problems"), (None, int))
-    texts = dict.fromkeys(("data", "data_dir", "system_prompt", "out_dir"), (None, str))
-    check(config, counts | texts | dict(dtype=("auto", "float32", "bfloat16"), n_of=[tuple]),
-          {"> 0": " ".join(counts) + " n gpu_memory_utilization", ">= 0": "temperature",
-           "<= 1": "gpu_memory_utilization"})
+    check(config, dict(dtype=("auto", "float32", "bfloat16"), n_of=[tuple]),
+          {"> 0": "n max_problems max_response_tokens max_num_seqs gpu_memory_utilization",
+           ">= 0": "temperature", "<= 1": "gpu_memory_utilization"},
+          texts="data data_dir system_prompt prompt reward out_dir",
+          counts="max_num_seqs max_response_tokens max_problems")
     given = {key: value for key, value in config.items() if value is not None}
     models = {}
     for part in ckpt.split(","):
@@ -238,7 +241,8 @@ if __name__ == "__main__":
                 load_weights(engine, folder)
             inside = folder
             groups = generate_all_ranks(engine, *questions, **sampling, progress=True)
-            rows = [g.row | {"response": g.texts, "length": g.lengths, "correct": g.reward.tolist(),
+            rows = [g.row | {"response": g.texts, "length": g.lengths, "reward": g.reward.tolist(),
+                             "correct": g.correct.astype(int).tolist(),
                              "truncated": g.truncated.tolist()} for g in groups]
             if is_rank0():
                 check_folder(os.path.dirname(path))

@@ -4,17 +4,24 @@ r"""Is the last `\boxed{}` of a response the reference answer?
 
 Both get one spelling (`normalise`); equal spellings and numbers are compared here (`quick`), the
 rest by math-verify in workers (this file as a program, so CUDA may be up and any thread may call):
-`9^{9^{9^9}}` costs two seconds of processor time and a worker, but no more than its own verdict."""
+`9^{9^{9^9}}` costs two seconds of processor time and a worker, but no more than its own verdict.
+A function of the user's, `reward`, can take the place of all this, and runs there, too."""
+import contextlib
 import json
 import os
 import re
 import resource
+import select
 import signal
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import cache
 from subprocess import DEVNULL, PIPE, Popen
+
+from configurator import load_function
 
 SECONDS = 2           # of processor time that a worker has for one answer
 LONGEST = 2000        # characters of an answer; the longest reference answer has 217
@@ -120,27 +127,35 @@ def quick(text, problem):
 
 
 def work():
-    """A worker: a line [gold, pred] in, "1" or "0" out, until its parent closes its input."""
+    """A worker: a line [seconds, reward, *asked] in; a number, or a text, what went wrong, out."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy.core.cache import clear_cache
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which may want more
-    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever else prints, it is no verdict
     rules = NormalizationConfig(malformed_operators=True)  # not units: the h of \pi r^2 h
     config = [LatexExtractionConfig(normalization_config=rules)]
+
+    def same(gold, pred):
+        resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes
+        gold, pred = (parse(f"${x}$", config, parsing_timeout=None) for x in (gold, pred))
+        return verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True)
+    load, me, out = cache(load_function), os.getpid(), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints, it is no verdict
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
+        seconds, reward, *asked = json.loads(line)
+        score = load(reward, "reward") if reward else same
+        timer = signal.ITIMER_REAL if reward else signal.ITIMER_PROF
+        signal.setitimer(timer, seconds)  # its signal ends the process
         try:
-            gold, pred = (parse(f"${x}$", config, parsing_timeout=None) for x in json.loads(line))
-            verdict = verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True)
-        except BaseException:  # the parsers raise everything
-            verdict = False
+            verdict = float(score(*asked))
+            assert 0 <= verdict <= 1, f"{verdict} is not from 0 to 1"
+        except BaseException as e:  # the parsers raise everything
+            verdict = f"{type(e).__name__}: {e}"
+        if os.getpid() != me:  # a fork of the reward's
+            os._exit(0)
+        signal.setitimer(timer, 0)
         clear_cache()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(int(verdict), file=out, flush=True)
+        print(json.dumps(verdict), file=out, flush=True)
 
 
 _mine = threading.local()  # .worker: the process of this thread of the pool
@@ -148,22 +163,24 @@ _cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 
 _pool = ThreadPoolExecutor(max(1, min(8, _cores)))
 
 
-def _ask(pair):
-    """A worker's verdict on two normalised answers, False if it takes too long or dies of it."""
+def _ask(question):
+    """A worker's reply, see `work`; one that takes too long is killed with all it has started."""
     worker = getattr(_mine, "worker", None)
     if worker is None or worker.poll() is not None:
-        worker = Popen([sys.executable, __file__], 0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        worker = Popen([sys.executable, __file__], 0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                       start_new_session=True)  # Ctrl-C is the parent's, which may want more
         if not worker.stdout.readline():
             raise RuntimeError(f"the grader's worker does not start: {sys.executable} {__file__}")
         _mine.worker = worker
-    try:
-        worker.stdin.write(json.dumps(pair).encode() + b"\n")
-        reply = worker.stdout.readline()
-    except BrokenPipeError:
-        reply = b""
-    if not reply:
-        worker.wait()
-    return reply == b"1\n"
+    seconds, reward, *_ = question
+    with contextlib.suppress(BrokenPipeError):
+        worker.stdin.write(json.dumps(question).encode() + b"\n")
+        if select.select([worker.stdout], [], [], seconds + 1 if reward else None)[0]:
+            if reply := worker.stdout.readline():
+                return json.loads(reply)
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    return f"over {seconds} seconds, or the end of its process"
 
 
 def choice(boxed):
@@ -172,13 +189,20 @@ def choice(boxed):
     return match and match[1].upper()
 
 
-def grade_all(items):
+def grade_all(items, reward=None, reward_seconds=2.0):
     r"""[(response text, problem), ...] -> [bool, ...]: is the last `\boxed{}` the problem's answer?
-    problem: {"answer": str}; one with "n_choices" is multiple choice, its answer a letter. Equal
-    pairs are compared once. Any thread may call this."""
+    problem: {"answer": str}; one with "n_choices" is multiple choice, its answer a letter. reward:
+    "FILE.py:NAME", a function that is asked instead, (text, problem) -> a number from 0 to 1; where
+    it raises or takes longer a 0, and a line says so. Any thread may call this."""
+    if reward:
+        replies = [*_pool.map(_ask, [(reward_seconds, reward, *item) for item in items])]
+        for why, count in Counter(x for x in replies if isinstance(x, str)).items():
+            print(f"reward: {count} of {len(items)} responses are worth 0: {why}", flush=True)
+        return [0.0 if isinstance(x, str) else x for x in replies]
     verdicts = [quick(text, problem) for text, problem in items]
     pairs = list({x: None for x in verdicts if isinstance(x, tuple)})
-    answers = dict(zip(pairs, _pool.map(_ask, pairs)))
+    replies = _pool.map(_ask, [(SECONDS, None, *pair) for pair in pairs])
+    answers = {pair: reply == 1 for pair, reply in zip(pairs, replies)}
     return [answers.get(x, x) for x in verdicts]
 
 

@@ -17,7 +17,7 @@ import openai
 import torch.distributed as dist
 
 from configurator import die
-from data import chat, share_out
+from data import RIGHT, chat, share_out
 from grader import last_boxed
 from runs import log, or_say_so
 
@@ -84,7 +84,7 @@ def numbers(text):
     return {float(number.replace(",", "")) for number in found}
 
 
-def rubric_score(row, text, correct, truncated):
+def rubric_score(row, text, reward, truncated):
     """1 + 0.9 x correct + 5.1 x overlap + 1.5 x reached + 1.5 x (it ends with a box), in [1, 10].
     reached: the share of the demonstration's intermediate results (numbers outside boxes, neither
     the problem's nor the answer) that are in the text; overlap: 2 x common / (both counts). Both
@@ -96,7 +96,7 @@ def rubric_score(row, text, correct, truncated):
     overlap = 2 * common / (len(want) + len(got)) if want else 1
     reached = common / len(want) if want else 1
     ended = not truncated and last_boxed(text) is not None
-    return 1 + 0.9 * bool(correct) + 5.1 * overlap + 1.5 * ended + 1.5 * reached
+    return 1 + 0.9 * (reward > RIGHT) + 5.1 * overlap + 1.5 * ended + 1.5 * reached
 
 
 def connect(url):
@@ -127,8 +127,7 @@ def ask_server(url, model, prompts, temperature):
     """A server's replies to prompts, in order, None for one that was cut off or failed; CONCURRENCY
     requests at a time. After FAILURES in a row it is taken for gone: a dead one costs a few
     time-outs and not one for each prompt."""
-    server = connect(url)
-    failures = 0
+    server, failures = connect(url), 0
 
     def ask(prompt):
         nonlocal failures

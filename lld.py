@@ -24,22 +24,24 @@ import torch.distributed as dist
 from tqdm import trange
 
 import advantages
+import losses
 import model_utils
 from advantages import VARIANTS, Old, gwhes, influence, nthr_select
 from configurator import check, configure, die, is_rank0, print0, settings_for
-from data import Group, check_lengths, encode_prompts, load_problems, load_tokenizer, share_out
+from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
-from losses import policy_loss, set_weights
 from plot import save_figure, subplots
 from runs import check_folder, write_json, write_jsonl, write_whole
 
 # the questions and their responses; a change of one of these samples anew
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
-dataset = "arithmetic"        # a set's name (data.SETS) or a JSON Lines file: `problem`, `answer`
+dataset = "arithmetic"        # as in train.py
 split = "train"               # of a name: "train" or "test"
 data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 system_prompt = None          # str; None: the data set's own
 few_shot = None               # ((question, answer), ...) as earlier turns; None: the data set's own
+prompt = None                 # as in train.py
+reward = None                 # likewise
 seed = 0                      # of data order, sampling and Random's draw
 questions = 64                # questions with both outcomes, all ranks together
 group_size = 8                # responses a question (G)
@@ -68,23 +70,21 @@ activation_checkpointing = False
 config = configure(globals())
 
 check(
-    config,
-    dict(variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
-         split=("train", "test"), nthr_vocab=("response", "full"), system_prompt=(None, str),
-         nthr_eta=(*advantages.ETAS, float), advantage_norm=("std", "mean", "sign"),
-         loss_norm=("group", "response", "token", "constant")),
+    config, advantages.CHOICES | losses.CHOICES | dict(
+        variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
+        split=("train", "test")),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
      ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
-    infinite="nthr_beta oversample grad_clip")
+    infinite="nthr_beta oversample grad_clip", texts="system_prompt prompt reward")
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")
 problems = load_problems(dataset, split, data_dir=data_dir)
 tokenizer, hf_config = load_tokenizer(model)
 model_utils.check_model(model, hf_config)
-prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot)
-context = check_lengths(prompts, max_response_tokens, hf_config.max_position_embeddings,
-                        f"dataset {dataset}")
+room = hf_config.max_position_embeddings - max_response_tokens
+prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot, prompt, room)
+context = max(map(len, prompts)) + max_response_tokens
 check_folder(out_dir)
 
 device = model_utils.setup_distributed()
@@ -137,7 +137,7 @@ def one_update(variant, group, old, batches):
     sizes = [len(batch.targets) for batch in batches]
     for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):
         batch.old_logp, batch.advantage = of_batch
-        policy_loss(policy(batch, temperature)[0], batch).backward()
+        losses.policy_loss(policy(batch, temperature)[0], batch).backward()
     model_utils.optimizer_step(policy, optim, grad_clip)
     logp, *_ = ask(batches)
     policy.load_state_dict(theta)
@@ -152,10 +152,10 @@ def measure(index):
     not_kept = [0.0 * r for r in responses]
     group = Group(row, np.array(row["prompt"]), responses, not_kept, row["texts"],
                   np.array(row["rewards"]), seed=hash((seed, index)))
-    set_weights([group], loss_norm, max_response_tokens)
+    losses.set_weights([group], loss_norm, max_response_tokens)
     [unit] = model_utils.pack_units([group], tokens_per_micro_batch, device)
     old = Old(*ask(unit.batches), head, temperature)
-    right = group.reward == 1  # (G,)
+    right = group.correct  # (G,)
     row = {"question": index, "problem": row["problem"], "p": right.mean()}
     for variant in variants:
         change = one_update(variant, group, old, unit.batches)
@@ -236,10 +236,10 @@ def page():
         group = groups[row["question"]]
         title = f"Delta of GRPO {row['delta_grpo']:+.3f}, p = {row['p']}, tau = {row['tau']:.3g}"
         rows.append({"title": title, "prompt": tokenizer.decode(group["prompt"]), "responses": [{
-            "correct": reward == 1, "spared": row["selected_tokens"][i],
+            "correct": row["correct"][i], "spared": row["selected_tokens"][i],
             "tokens": tokenizer.batch_decode([[token] for token in tokens]),
             "scores": {key: row[key][i] for key in ("s", "thr", "entropy", "surprisal")},
-        } for i, (reward, tokens) in enumerate(zip(group["rewards"], group["responses"]))]})
+        } for i, tokens in enumerate(group["responses"])]})
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return page.replace("ROWS", json.dumps(rows).replace("<", "\\u003c"), 1)  # no tag in a text
 

@@ -6,7 +6,8 @@ efficient RL framework secretly brings you off-policy RL training"."""
 import numpy as np
 import torch
 
-LOSSES = ("clip", "gspo", "cispo")
+CHOICES = dict(loss=("clip", "gspo", "cispo"), anchor_loss=("luffy", "logp"),  # of settings
+               loss_norm=("group", "response", "token", "constant"))
 
 
 def set_weights(groups, loss_norm="group", max_response_tokens=1):

@@ -69,7 +69,7 @@ def rollout_figures(groups, sampled, wasted, step, anchor_texts):
     tokens, kept = of_rollouts(sampled, "lengths"), of_rollouts(groups, "lengths").sum()
     row = {
         "reward/accuracy": accuracy(sampled),
-        "reward/mean": accuracy(groups),  # of those trained on
+        "reward/mean": accuracy(groups, "reward"),  # of those trained on
         "rollout/groups_sampled": len(sampled),
         "rollout/groups_kept": len(groups),
         "rollout/response_tokens": int(kept),
@@ -98,8 +98,8 @@ def note_anchors(figures, group, old):
 
 def eval_figures(groups):
     """Figures of an evaluation's groups."""
-    return {"eval/accuracy": accuracy(groups),
-            "eval/mean_length": float(np.mean([n for g in groups for n in g.lengths])),
+    lengths = [n for g in groups for n in g.lengths]
+    return {"eval/accuracy": accuracy(groups), "eval/mean_length": float(np.mean(lengths)),
             "eval/truncated": float(np.mean([g.truncated for g in groups]))}
 
 
@@ -153,11 +153,10 @@ def find_alarms(row, rows):
 
 
 # the printed line: label, key, format. All other figures are in metrics.jsonl
-LINE = (
-    ("accuracy", "reward/accuracy", ".3f"), ("groups", "rollout/groups_kept", "d"),
-    ("length", "rollout/mean_length", ".1f"), ("entropy", "train/entropy", ".3f"),
-    ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
-    ("update", "time/update", ".1f"), ("step", "time/step", ".1f"))
+LINE = (("accuracy", "reward/accuracy", ".3f"), ("groups", "rollout/groups_kept", "d"),
+        ("length", "rollout/mean_length", ".1f"), ("entropy", "train/entropy", ".3f"),
+        ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
+        ("update", "time/update", ".1f"), ("step", "time/step", ".1f"))
 
 
 def step_line(row, steps):

@@ -62,7 +62,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **of_device)
 
 
-def make_groups(tokenizer, rows, prompts, outputs, seeds):
+def make_groups(tokenizer, rows, prompts, outputs, seeds, *of_grader):
     """Graded groups of vLLM's finished outputs, a list of CompletionOutputs per row."""
     groups = []
     for row, prompt, outs, seed in zip(rows, prompts, outputs, seeds):
@@ -74,21 +74,21 @@ def make_groups(tokenizer, rows, prompts, outputs, seeds):
             reward=np.zeros(len(outs), dtype=np.float32), seed=seed,
             truncated=np.array([o.finish_reason != "stop" for o in outs])))
     # a response that was cut off is incorrect, whatever is in it
-    correct = iter(grade_all([("" if is_cut else text, g.row) for g in groups
-                              for text, is_cut in zip(g.texts, g.truncated)]))
+    rewards = iter(grade_all([(text, g.row) for g in groups for text, is_cut in zip(
+        g.texts, g.truncated) if not is_cut], *of_grader))
     for g in groups:
-        g.reward[:] = [next(correct) for _ in g.texts]
+        g.reward[~g.truncated] = [next(rewards) for _ in g.reward[~g.truncated]]
     return groups
 
 
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
-                       tp=1, seed=0, progress=False):
+                       tp=1, seed=0, reward=None, reward_seconds=2.0, progress=False):
     """n graded responses to every problem: a Group each, in their order, the same on all ranks."""
     return sample_batch(
         engine, tokenizer, problems, prompts, 0, seed=seed, prompts_per_step=len(problems),
         group_size=n, temperature=temperature, max_response_tokens=max_response_tokens,
         oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False, tp=tp,
-        progress=progress)[0]
+        reward=reward, reward_seconds=reward_seconds, progress=progress)[0]
 
 
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
@@ -99,7 +99,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                  group_size, temperature, max_response_tokens, oversample=1.0,
                  max_rounds=8, dynamic_sampling=True, wanted=mixed, shuffle=True, tp=1,
                  anchors=0, anchor_share=1.0, anchor_hard_only=False, anchor_texts=None, end=None,
-                 progress=False):
+                 reward=None, reward_seconds=2.0, progress=False):
     """Groups of graded responses until `prompts_per_step` of them are `wanted` ([DAPO]).
 
     Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
@@ -138,9 +138,9 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     def grade(outputs):
         groups = make_groups(tokenizer, [problems[order[i]] for i in outputs],
                              [prompts[order[i]] for i in outputs], outputs.values(),
-                             [seeds[i] for i in outputs])
+                             [seeds[i] for i in outputs], reward, reward_seconds)
         for at, (i, group) in enumerate(zip(outputs, groups)):
-            if joining[i] and not (anchor_hard_only and group.reward.any()):
+            if joining[i] and not (anchor_hard_only and group.correct.any()):
                 ids = [encode_anchor(tokenizer, group.prompt, text, end) for text in joining[i]]
                 groups[at] = with_anchors(group, joining[i], ids, group_size)
         return zip(outputs, groups)

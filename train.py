@@ -21,19 +21,22 @@ import model_utils
 import runs
 from advantages import Old, response_advantages, token_advantages
 from configurator import check, configure, die, is_rank0, print0, settings_for
-from judge import LOCAL_JUDGES, judge_all_ranks, open_judge, read_cache
+from judge import judge_all_ranks, open_judge, read_cache
 from losses import policy_loss
 from memory import held_memory, vllm_share
 from plot import plot_runs, read_runs
 
-# model and data
+# model and data; dataset, prompt and reward may be functions in a config file: config/countdown.py
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
-dataset = "arithmetic"        # a set's name (data.SETS) or a JSON Lines file: `problem`, `answer`
+dataset = "arithmetic"        # a name in config/sets.py, a JSON Lines file: `problem`, `answer`
 eval_dataset = None           # likewise; None: the set's own test split, or none if it has none
 data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 eval_problems = 128           # problems an evaluation uses at most, the first ones
 system_prompt = None          # str; None: the data set's own ("Please reason step by step, ...")
 few_shot = None               # ((question, answer), ...) as earlier turns; None: the data set's own
+prompt = None                 # row -> chat; None: what the settings above say
+reward = None                 # (text, row) -> 0 to 1; None: is the last box the answer?
+reward_seconds = 2.0          # that it may take for a response
 out_dir = "out/run"           # metrics.jsonl, samples.jsonl, curves.png, step_*/ go here
 seed = 0                      # of data order, sampling and everything else
 resume = False                # go on from the newest whole checkpoint in out_dir
@@ -57,7 +60,7 @@ nthr_vocab = "response"       # scores over the tokens of the group, or "full": 
 thr_p = 0.0                   # of thr: 0.1 exploits, -0.1 explores
 entropy_share = 0.2           # of entropy_top: tokens of a group that keep their advantage
 advantage_norm = "std"        # (r - mean) / std, "mean": r - mean (Dr.GRPO), "sign": 1 or -1 (NSR)
-loss = "clip"                 # one of losses.LOSSES, see losses.policy_loss
+loss = "clip"                 # one of losses.CHOICES, see losses.policy_loss
 loss_norm = "group"           # "group" (eq. 1), "response", "token", "constant": set_weights
 llds = 0.0                    # times LLDS's penalty on likelihood lost; needs several updates
 pos_weight = 1.0              # times the advantages of correct responses
@@ -101,30 +104,24 @@ config = configure(globals())
 # ---- refuse bad input before anything large is loaded --------------------------------------------
 
 DTYPES = ("auto", "float32", "bfloat16")
-TEXTS = (None, str)
 check(
-    config,
-    dict(variant=advantages.VARIANTS, nthr_eta=(*advantages.ETAS, float),
-         nthr_vocab=("response", "full"), advantage_norm=("std", "mean", "sign"),
-         loss=losses.LOSSES, loss_norm=("group", "response", "token", "constant"),
-         delta=(None, float, str), anchor_loss=("luffy", "logp"), parallel=("ddp", "fsdp"),
-         compute_dtype=DTYPES, rollout_dtype=DTYPES, on_full_disk=("stop", "go on"),
-         max_num_seqs=(None, int), gpu_memory_utilization=(None, float),
-         eval_dataset=TEXTS, system_prompt=TEXTS, demos=TEXTS, judge_model=TEXTS),
+    config, advantages.CHOICES | losses.CHOICES | dict(
+        delta=(None, float, str), gpu_memory_utilization=(None, float), parallel=("ddp", "fsdp"),
+        compute_dtype=DTYPES, rollout_dtype=DTYPES, on_full_disk=("stop", "go on")),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
-            "gpu_memory_utilization entropy_share max_bad_steps",
+            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
              "weight_decay samples_per_step tis_cap llds anchors anchor_share judge_noise",
      ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "< 1": "gpu_memory_utilization",
      "<= 1": "entropy_share anchor_share", "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
-    infinite="nthr_beta oversample clip_high tis_cap grad_clip")
+    infinite="nthr_beta oversample clip_high tis_cap grad_clip",
+    texts="eval_dataset system_prompt prompt reward demos judge_model", counts="max_num_seqs")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
-if judge not in LOCAL_JUDGES and not judge.startswith(("http://", "https://")):
-    die(f"judge: {judge!r} is neither rubric nor random nor an address, http://host:port/v1")
-if {"@", "?"} & {*judge}:
-    die("judge: an address is printed and saved: leave a key to JUDGE_API_KEY")
+if not re.fullmatch(r"rubric|random|https?://[^@?]+", judge):  # it is printed and saved
+    die("judge: neither rubric nor random nor an address, http://host:port/v1, without a key; "
+        "that is in JUDGE_API_KEY")
 if isinstance(delta, str) and not re.fullmatch(r"q0?\.\d+", delta):
     die(f"delta: {delta!r} is neither points nor a share under 1, q0.25")
 if anchors >= group_size or demos == "self" and not anchors:
@@ -135,7 +132,8 @@ start = runs.newest_checkpoint(out_dir) if resume else None
 if resume and start is None:
     die(f"resume: no whole checkpoint in {out_dir}; all machines have to see it")
 problems = data.load_problems(dataset, "train", data_dir=data_dir)
-if eval_dataset is None and (dataset in data.MADE or (dataset, "test") in data.SETS):
+if eval_dataset is None and (
+        dataset in data.MADE or (dataset, "test") in data.SETS or ".py:" in dataset):
     eval_dataset = dataset
 test_problems = []
 if eval_dataset:
@@ -151,12 +149,11 @@ tokenizer, hf_config = data.load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 if hf_config.num_attention_heads % tp:
     die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
-prompts = data.encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot)
-test_prompts = data.encode_prompts(tokenizer, test_problems, dataset, system_prompt, few_shot)
-asked = {f"dataset {dataset}": prompts, f"eval_dataset {eval_dataset}": test_prompts}
-context = max(
-    data.check_lengths(some, max_response_tokens, hf_config.max_position_embeddings, name)
-    for name, some in asked.items() if some)
+room = hf_config.max_position_embeddings - max_response_tokens
+of_prompts = settings_for(data.encode_prompts, config) | {"room": room}
+prompts = data.encode_prompts(tokenizer, problems, **of_prompts)
+test_prompts = data.encode_prompts(tokenizer, test_problems, key="eval_dataset", **of_prompts)
+context = max(map(len, prompts + test_prompts)) + max_response_tokens
 runs.check_folder(out_dir)
 
 # ---- set up: process group, run folder, engine (it measures free memory), policy, optimizer ------
@@ -172,8 +169,8 @@ if len(set(seen)) > 1:
 end = data.end_token(tokenizer, model)
 anchor_texts = {}  # {problem: {text: the step that it is of}}
 if demonstrations:
-    anchor_texts = data.verify_demos(
-        tokenizer, problems, prompts, demonstrations, max_response_tokens, end)
+    anchor_texts = data.verify_demos(tokenizer, problems, prompts, demonstrations,
+                                     max_response_tokens, end, reward, reward_seconds)
     if anchors and not anchor_texts and not from_self:
         die(f"anchors: all demonstrations are longer than {max_response_tokens=}")
 if judged:
@@ -213,6 +210,7 @@ if is_rank0():
 scores_known = read_cache(out_dir)  # of the judge, before this run was resumed
 
 of_sampling = settings_for(rollout.sample_batch, config)
+of_evaluation = settings_for(rollout.generate_all_ranks, config) | {"temperature": 0.0}
 of_judge = settings_for(judge_all_ranks, config)
 of_response = settings_for(response_advantages, config)
 of_variant = settings_for(token_advantages, config)
@@ -265,8 +263,7 @@ def evaluate(step):
     """Greedy accuracy on the evaluation problems, logged and printed."""
     began = time.time()
     groups = rollout.generate_all_ranks(
-        engine, tokenizer, test_problems, test_prompts, n=1, temperature=0.0,
-        max_response_tokens=max_response_tokens, tp=tp)
+        engine, tokenizer, test_problems, test_prompts, n=1, **of_evaluation)
     row = {"step": step, **metrics.eval_figures(groups), "time/eval": time.time() - began}
     if is_rank0():
         with runs.or_say_so(out_dir, f"the evaluation of step {step}", on_full_disk):

@@ -20,7 +20,7 @@ from advantages import (
     token_advantages,
 )
 from data import mixed
-from losses import LOSSES, policy_loss
+from losses import CHOICES, policy_loss
 from metrics import Figures
 from model_utils import Policy, load_policy
 
@@ -61,6 +61,23 @@ def test_group_advantages_are_p_plus_and_p_minus():
         assert signs.tolist() == [1 if r else -1 for r in reward]  # whatever the others are
     anchored = advantages.group_advantages(np.array([0.0] * 7 + [1]), "mean")  # it counts, too
     assert anchored == pytest.approx([-1 / 8] * 7 + [7 / 8])
+
+
+@pytest.mark.parametrize("variant", ["nthr", "random", "spare_logp", "thr", "dagrpo", "pos_only"])
+def test_of_rewards_that_are_fractions_those_over_a_half_are_right(variant):
+    """They pick the same tokens as 0 and 1 do, whose advantages are those of the fractions."""
+    lengths, score = [3, 1, 4, 2], np.array([9.0, 6.0, 6.1, 1.0])
+    group, old, *_ = make_case([0.9, 0.2, 0.6, 0.5], lengths, score=score)
+    whole, *_ = make_case([1, 0, 1, 0], lengths, score=score)
+    assert group.correct.tolist() == [True, False, True, False] and mixed(group)
+    got, factors = (token_advantages(variant, g, old, "mean", 1.0, 0.5, nthr_eta=0.0).numpy()
+                    for g in (group, whole))
+    A = np.array([0.35, -0.35 / 2, 0.05, -0.05 / 2]).repeat(lengths)
+    assert got == pytest.approx(A * factors / np.array([0.5, -0.25] * 2).repeat(lengths), abs=1e-6)
+    s = draw(3, 10)
+    assert torch.equal(*(advantages.gwhes(s, s**2, g)[[0, 2]] for g in (group, whole)))
+    assert advantages.group_advantages(group.reward, "sign").tolist() == [1, -1, 1, -1]
+    assert not mixed(make_case([0.9, 0.6], [1, 1])[0])
 
 
 @pytest.mark.parametrize("reward", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
@@ -305,7 +322,7 @@ def test_nothing_in_a_micro_batch_waits_for_the_gpu(model_dir, monkeypatch):
         batch.advantage = torch.cat([
             token_advantages(variant, group, Old(*x, model.lm_head.weight), figures=figures)
             for group, *x in of_group])
-        for loss in LOSSES:
+        for loss in CHOICES["loss"]:
             policy_loss(outs[0], batch, loss, kl_coef=0.1, tis_cap=2.0, llds=0.2,
                         figures=figures).backward(retain_graph=True)
     assert all(p.grad.is_meta for p in model.parameters())

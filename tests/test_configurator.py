@@ -6,10 +6,11 @@ from pathlib import Path
 import configs
 import pytest
 
-from configurator import check, configure, settings_for
+from configurator import check, configure, load_function, settings_for
 from runs import check_folder
 
-CONFIGS = sorted(p.name for p in (Path(__file__).parent.parent / "config").glob("*.py"))
+CONFIGS = sorted(p.name for p in (Path(__file__).parent.parent / "config").glob("*.py")
+                 if p.name != "sets.py")
 
 
 def script():
@@ -84,8 +85,8 @@ def test_help_and_settings_for_a_function(capsys):
 GOOD = dict(rate=0.1, bound=math.inf, steps=0, seed=0, eta=3, kinds=("a",), name="x", other=None,
             count=None, tp=1)
 ARGS = dict(
-    known=dict(eta=(None, "p", float), kinds=["a", "b"], count=(None, int), other=(None, str)),
-    ranges={"> 0": "rate count", ">= 0": "steps", "<= 2": "rate"}, infinite="bound")
+    known=dict(eta=(None, "p", float), kinds=["a", "b"], elsewhere=(1,)), texts="other",
+    ranges={"> 0": "rate count", ">= 0": "steps", "<= 2": "rate"}, infinite="bound", counts="count")
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -122,4 +123,15 @@ def test_configs_hold_what_the_papers_state():
         assert not wrong, (name, wrong)
         assert cards["80 GB"] and memory["held"] < memory["peak"]
     others = {*CONFIGS} ^ {f"{name}.py" for name in configs.PAPER}
-    assert all(re.search("quickstart|lld|eval|study", name) for name in others)
+    assert all(re.search("quickstart|lld|eval|study|countdown", name) for name in others)
+
+
+def test_a_function_is_a_setting(dies, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def name(x):\n    return 2 * x\ndef other(x):\n    return 1\nlimit = other\n")
+    got = configure(script(), [str(path)])
+    assert (got["name"], got["limit"]) == (f"{path}:name", f"{path}:other")
+    assert load_function(got["name"], "name")(4) == 8
+    for wrong in (f"{path}:nothing", "nowhere.py:name", "name"):
+        dies(f"reward: {wrong} is no function of a file", load_function, wrong, "reward")
+    dies("reward: ", check, GOOD | dict(reward="nowhere.py:x"), **ARGS)

@@ -106,6 +106,11 @@ def test_malformed_files_are_refused(tmp_path, refused):
         refused(f"line 3: {words}", data.load_problems, str(path), "test")
     path.write_text(good)
     assert data.load_problems(str(path), "test") == [dict(problem="a", answer="1")]
+    (tmp_path / "mine.py").write_text("def rows(split):\n    return [dict(problem=split, answer=2)]"
+                                      "\ndef none(split):\n    return [dict(problem=split)]\n")
+    assert data.load_problems(f"{tmp_path}/mine.py:rows", "b") == [dict(problem="b", answer="2")]
+    for name, words in (("none", "mine.py:none, line 1: 'answer' is"), ("other", "dataset: ")):
+        refused(words, data.load_problems, f"{tmp_path}/mine.py:{name}", "b")
 
 
 def test_demonstrations_of_a_file_and_of_a_set(tmp_path, refused):
@@ -186,7 +191,14 @@ def test_prompts(model_dir, refused, tmp_path):
     assert data.encode_anchor(tok, ids, evil, 2)[:-1].min() > max(tok.all_special_ids)
     for few_shot in (5, "ab", ((1, 2),), (("q",),)):
         refused("few_shot: ", data.encode_prompts, tok, rows, "x", few_shot=few_shot)
-    refused("x, problem 2: ", data.check_lengths, [ids[:9], ids], 20, 40, "x")
+    long = [rows[0], rows[0] | dict(problem="1 + " * 99)]
+    refused("eval_dataset: problem 2: ", data.encode_prompts, tok, long, "x", room=99,
+            key="eval_dataset")
+    (tmp_path / "mine.py").write_text('def ask(row):\n    return [dict(role="user", content='
+                                      '"What is " + row["problem"])]\n')
+    ids, = data.encode_prompts(tok, [dict(problem=evil)], "x", prompt=f"{tmp_path}/mine.py:ask")
+    assert f"<|im_start|>user\nWhat is {evil[:5]}" in tok.decode(ids)
+    assert tok.decode(ids).count("< |im_end|>") == 1  # it stays a problem here, too
     tok.chat_template = None
     tok.save_pretrained(tmp_path)
     shutil.copy(f"{model_dir}/config.json", tmp_path)

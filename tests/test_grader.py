@@ -105,6 +105,48 @@ time.sleep(60)"""
     assert workers and not psutil.wait_procs(workers, timeout=5)[1]
 
 
+REWARDS = """
+import os, subprocess, time
+CALLS = []
+
+def length(text, row):  # prints, where a verdict is read, and in a process of its own
+    print("1.0", flush=True)
+    subprocess.run(["echo", "1.0"])
+    CALLS.append(text)
+    return len(text) / row["most"] if len(CALLS) < 99 else 0  # the file is read once
+
+def bad(text, row):
+    if text == "sleeps":
+        time.sleep(60)
+    if text == "leaves a child":
+        subprocess.Popen(["sleep", "60"], stderr=subprocess.DEVNULL)
+        time.sleep(60)
+    if text == "forks":
+        os.fork()
+        return True
+    if text == "ends":
+        os._exit(0)
+    return float(text)
+"""
+
+
+def test_a_reward_of_ones_own(tmp_path, capsys):
+    """Its values, whatever it prints; what goes wrong is a 0 that is said, and hinders no other."""
+    (tmp_path / "mine.py").write_text(REWARDS)
+    texts = ["a", "ab", "abc"] * 4
+    got = grader.grade_all([(x, {"most": 4}) for x in texts], f"{tmp_path}/mine.py:length")
+    assert got == [len(x) / 4 for x in texts] and capsys.readouterr().out == ""
+    began = time.time()
+    wrong = ["sleeps", "leaves a child", "ends", "nan", "2", "-0.1", "x"]
+    items = [(text, {}) for pair in zip(wrong, ["forks", "0.5"] * 4) for text in pair]
+    got = grader.grade_all(items, f"{tmp_path}/mine.py:bad", 0.5)
+    assert got == [0.0, 1.0, 0.0, 0.5] * 3 + [0.0, 1.0] and time.time() - began < 40
+    said = capsys.readouterr().out
+    assert "reward: 3 of 14 responses are worth 0: over 0.5 seconds" in said
+    assert "1 of 14 responses are worth 0: ValueError: could not convert" in said
+    assert "AssertionError: nan is not from 0 to 1" in said
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the problem sets in ../shared/data")
 def test_every_reference_answer_is_correct():
     rows = [json.loads(line) for f in sorted(DATA.glob("*.jsonl")) for line in open(f)]

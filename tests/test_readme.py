@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def test_a_variant_in_ten_lines(tmp_path, model_dir, refused):
+def test_a_variant_in_ten_lines_and_a_reward_of_ones_own(tmp_path, model_dir, refused):
     [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-])", line)]
     assert len(changed) <= 10 and diff.count("+++ ") <= 2
@@ -28,13 +29,22 @@ def test_a_variant_in_ten_lines(tmp_path, model_dir, refused):
     variant = re.search(r'variant == "(\w+)"', diff)[1]
     clean = {k: v for k, v in os.environ.items() if k not in RANKS}
     done = subprocess.run(
-        [sys.executable, "train.py", "config/quickstart.py", f"--variant={variant}",
+        [sys.executable, "train.py", "config/countdown.py", f"--variant={variant}",
          f"--model={model_dir}", "--max_steps=1", "--eval_every=0", "--eval_problems=2",
          "--prompts_per_step=8", "--prompts_per_update=8", "--out_dir=out"],
         cwd=tmp_path, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr[-3000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["train/grad_norm"] > 0 and row["rollout/groups_kept"] > 0
+    assert "reward: " not in done.stdout  # none has failed
+    own = runpy.run_path(ROOT / "config" / "countdown.py")
+    [*samples] = map(json.loads, (tmp_path / "out" / "samples.jsonl").read_text().splitlines())
+    numbers = {row["problem"]: row for row in own["dataset"]("train")}
+    for s in samples:
+        want = [0 if is_cut else own["reward"](text, numbers[s["problem"]])
+                for text, is_cut in zip(s["responses"], s["truncated"])]
+        assert s["reward"] == pytest.approx(want) and "[20, 7, 4] -> 9" in s["prompt"]
+    assert {0.0} < {round(x, 1) for s in samples for x in s["reward"]} <= {0.0, 0.2, 1.0}
     # without the diff
     assert f"'{variant}' is none of grpo" in refused("train.py", f"--variant={variant}")
 
