@@ -10,6 +10,7 @@
 # make race           TRL's GRPOTrainer, in an environment of its own, against train.py: out/race/
 # make study          do the methods train better than GRPO? Five seeds each, a night: out/study/
 # make torture        what kills, full disks, damage, hostile input do to a run: two hours
+# make versions       which versions are here, and was this combination tried
 # make configs-check  do the configs hold what the papers state, and which GPU does each fit
 # make setup          nothing else
 PYTHON ?= python3
@@ -42,6 +43,9 @@ study: setup
 
 torture: setup
 	$(BIN)/python bench/torture.py
+
+versions: .venv/ready
+	$(BIN)/python bench/versions.py
 
 configs-check: .venv/ready
 	$(BIN)/python bench/configs.py
@@ -80,4 +84,4 @@ $(MODEL)/config.json: .venv/ready
 	fi
 	touch $@
 
-.PHONY: quickstart dagrpo lld test lint bench race study torture configs-check setup
+.PHONY: quickstart dagrpo lld test lint bench race study torture versions configs-check setup

@@ -15,8 +15,6 @@ from config.sets import BOXED, CHOICE, MADE, SETS, STYLES
 from configurator import die, load_function, print0
 from grader import grade_all
 
-RIGHT = 0.5  # a response of more reward is right, where rewards are fractions
-
 
 @dataclasses.dataclass
 class Group:
@@ -72,6 +70,7 @@ def accuracy(groups, of="correct"):
 
 PER_RESPONSE = ("responses", "rollout_logp", "texts", "truncated", "reward", "is_anchor", "score",
                 "weight")
+RIGHT = 0.5  # a response of more reward is right, where rewards are fractions
 
 
 # ---- problems ------------------------------------------------------------------------------------

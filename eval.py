@@ -242,7 +242,7 @@ if __name__ == "__main__":
             inside = folder
             groups = generate_all_ranks(engine, *questions, **sampling, progress=True)
             rows = [g.row | {"response": g.texts, "length": g.lengths, "reward": g.reward.tolist(),
-                             "correct": g.correct.astype(int).tolist(),
+                             "correct": g.correct.tolist(),
                              "truncated": g.truncated.tolist()} for g in groups]
             if is_rank0():
                 check_folder(os.path.dirname(path))

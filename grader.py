@@ -175,9 +175,11 @@ def _ask(question):
     seconds, reward, *_ = question
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(json.dumps(question).encode() + b"\n")
-        if select.select([worker.stdout], [], [], seconds + 1 if reward else None)[0]:
-            if reply := worker.stdout.readline():
-                return json.loads(reply)
+        pipe = select.poll()
+        pipe.register(worker.stdout, select.POLLIN)
+        milliseconds = 1000 * seconds + 1000 if reward else None
+        if pipe.poll(milliseconds) and (reply := worker.stdout.readline()):
+            return json.loads(reply)
     os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
     return f"over {seconds} seconds, or the end of its process"

@@ -87,7 +87,7 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
 
 def per_response(x, batch):
     """Sums of x (n,) over the tokens of each of the B responses, (B,)."""
-    return x.new_zeros(len(batch.correct)).index_add(0, batch.response, x)
+    return x.new_zeros(len(batch.right)).index_add(0, batch.response, x)
 
 
 def llds_penalty(logp, old_logp, batch):

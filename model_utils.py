@@ -66,7 +66,7 @@ class MicroBatch:
     rollout_logp: torch.Tensor  # (n,) float32, what vLLM says; 0 for anchors
     weight: torch.Tensor        # (n,) float32, in the loss
     is_anchor: torch.Tensor     # (n,) bool, of a demonstration: not sampled
-    correct: torch.Tensor       # (B,) bool, rollouts that are right
+    right: torch.Tensor         # (B,) bool, rollouts that are right; demonstrations are none
     # attention: S segments, each sees what leads to it and itself, causally
     kv_index: torch.Tensor      # (K,) int64, the keys of all segments one after the other
     cu_q: torch.Tensor          # (S+1,) int32, where each segment starts in T
@@ -215,7 +215,7 @@ def pack(groups):
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
         weight=joined([np.repeat(g.weight, g.lengths) for g in groups], torch.float32),
         is_anchor=joined([np.repeat(anchor, lengths)], torch.bool),
-        correct=joined([g.right for g in groups], torch.bool),
+        right=joined([g.right for g in groups], torch.bool),
         kv_index=joined(keys),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),

@@ -149,8 +149,8 @@ tokenizer, hf_config = data.load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 if hf_config.num_attention_heads % tp:
     die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
-room = hf_config.max_position_embeddings - max_response_tokens
-of_prompts = settings_for(data.encode_prompts, config) | {"room": room}
+of_prompts = settings_for(data.encode_prompts, config)
+of_prompts["room"] = hf_config.max_position_embeddings - max_response_tokens
 prompts = data.encode_prompts(tokenizer, problems, **of_prompts)
 test_prompts = data.encode_prompts(tokenizer, test_problems, key="eval_dataset", **of_prompts)
 context = max(map(len, prompts + test_prompts)) + max_response_tokens
@@ -352,8 +352,8 @@ while True:
                 figures.sum("train/packed_tokens", batch.input_ids.numel())
                 if update is not updates[0]:  # what the updates before did to right responses
                     moved = losses.per_response(logp.detach() - batch.old_logp, batch)
-                    figures.mean("displacement/mean", moved, where=batch.correct)
-                    figures.mean("displacement/fell", moved < 0, where=batch.correct)
+                    figures.mean("displacement/mean", moved, where=batch.right)
+                    figures.mean("displacement/fell", moved < 0, where=batch.right)
         norm = model_utils.optimizer_step(net, optimizer, grad_clip)
         figures.mean("train/grad_norm", norm)
         figures.max("train/bad_steps", ~norm.isfinite())  # the update was not taken

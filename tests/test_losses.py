@@ -90,7 +90,7 @@ def make_batch(lengths, seed=0):
     return logp.requires_grad_(), SimpleNamespace(
         old_logp=old, rollout_logp=old, advantage=a[response], weight=draw(seed + 2, n).abs(),
         is_anchor=torch.zeros(n, dtype=torch.bool), response=response, update_tokens=2 * n,
-        correct=a > 0)
+        right=a > 0)
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 1, 4, 2, 5], [1, 1, 1, 1, 1, 1]])

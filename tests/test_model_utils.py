@@ -96,8 +96,8 @@ def test_units_keep_order_and_budget(budget):
     for unit in units:
         size = max(len(g.prompt) + sum(g.lengths) for g in unit.groups)
         assert unit.early == (len(unit.batches) > 1) == (size > budget)  # cut only if it must be
-    assert all(b.input_ids.numel() <= budget or len(b.correct) == 1 for b in batches)
-    for name in ("targets", "rollout_logp", "weight", "is_anchor", "correct"):
+    assert all(b.input_ids.numel() <= budget or len(b.right) == 1 for b in batches)
+    for name in ("targets", "rollout_logp", "weight", "is_anchor", "right"):
         assert torch.cat([getattr(b, name) for b in batches]).equal(getattr(pack(groups), name))
     counts = [n for b in batches for n in b.response.bincount()]
     assert counts == [n for g in groups for n in g.lengths]
@@ -107,7 +107,7 @@ def test_layout_and_common_prefix_by_hand():
     anchor = dict(reward=[1, 1], is_anchor=np.array([True, False]), weight=[0.5, 0.25])
     b = pack([make_group([7, 8, 9], [[1, 2], [3]], **anchor), make_group([7, 8, 6], [[4]])])
     assert b.rollout_logp.tolist() == [-1, -2, -3, -4] and b.weight.tolist() == [0.5, 0.5, 0.25, 0]
-    assert b.is_anchor.tolist() == [1, 1, 0, 0] and b.correct.tolist() == [0, 1, 0]
+    assert b.is_anchor.tolist() == [1, 1, 0, 0] and b.right.tolist() == [0, 1, 0]
     assert b.input_ids.tolist() == [[7, 8, 9, 1, 2, 3, 6, 4]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 2, 3]]
     assert b.predicts.tolist() == [2, 3, 2, 6] and b.targets.tolist() == [1, 2, 3, 4]

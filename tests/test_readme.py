@@ -49,6 +49,12 @@ def test_a_variant_in_ten_lines_and_a_reward_of_ones_own(tmp_path, model_dir, re
     assert f"'{variant}' is none of grpo" in refused("train.py", f"--variant={variant}")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="whichever are there")
+def test_these_versions_are_those_that_were_tried(run):
+    printed = run("bench/versions.py").stdout
+    assert f"{torch.__version__.split('+')[0]}\n" in printed and "\ntried on 20" in printed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it has more parts, for large models")
 @pytest.mark.parametrize("part", ["all", "trainer"])
 def test_bench_runs(run, tmp_path, model_dir, part):
