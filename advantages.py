@@ -26,8 +26,9 @@ SCORED = ("random", "nthr", "spare_entropy", "spare_logp", "thr")  # those that 
 # what NTHR leaves of a selected token's advantage, by the group's success rate p: [NTHR] section 5
 ETAS = {"2|0.5-p|": lambda p: 2 * abs(0.5 - p), "p": lambda p: p, "1-p": lambda p: 1 - p}
 ETAS[None] = ETAS["2|0.5-p|"]
-CHOICES = dict(variant=VARIANTS, nthr_eta=(*ETAS, float), nthr_vocab=("response", "full"),
-               advantage_norm=("std", "mean", "sign"))  # of settings
+CHOICES = dict(  # of settings: the values that they may have, or their types
+    variant=VARIANTS, nthr_eta=(*ETAS, float), nthr_vocab=("response", "full"),
+    advantage_norm=("std", "mean", "sign"))
 
 
 @dataclass

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import resource
-import select
 import signal
 import sys
 import threading
@@ -138,8 +137,9 @@ def work():
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes
         gold, pred = (parse(f"${x}$", config, parsing_timeout=None) for x in (gold, pred))
         return verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True)
-    load, me, out = cache(load_function), os.getpid(), os.fdopen(os.dup(1), "w")
+    load, out = cache(load_function), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints, it is no verdict
+    os.register_at_fork(after_in_child=out.close)
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         seconds, reward, *asked = json.loads(line)
@@ -151,8 +151,6 @@ def work():
             assert 0 <= verdict <= 1, f"{verdict} is not from 0 to 1"
         except BaseException as e:  # the parsers raise everything
             verdict = f"{type(e).__name__}: {e}"
-        if os.getpid() != me:  # a fork of the reward's
-            os._exit(0)
         signal.setitimer(timer, 0)
         clear_cache()
         print(json.dumps(verdict), file=out, flush=True)
@@ -164,7 +162,7 @@ _pool = ThreadPoolExecutor(max(1, min(8, _cores)))
 
 
 def _ask(question):
-    """A worker's reply, see `work`; one that takes too long is killed with all it has started."""
+    """A worker's reply, see `work`; a text, too, if it took too long or died of it."""
     worker = getattr(_mine, "worker", None)
     if worker is None or worker.poll() is not None:
         worker = Popen([sys.executable, __file__], 0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
@@ -172,17 +170,13 @@ def _ask(question):
         if not worker.stdout.readline():
             raise RuntimeError(f"the grader's worker does not start: {sys.executable} {__file__}")
         _mine.worker = worker
-    seconds, reward, *_ = question
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(json.dumps(question).encode() + b"\n")
-        pipe = select.poll()
-        pipe.register(worker.stdout, select.POLLIN)
-        milliseconds = 1000 * seconds + 1000 if reward else None
-        if pipe.poll(milliseconds) and (reply := worker.stdout.readline()):
+        if reply := worker.stdout.readline():
             return json.loads(reply)
-    os.killpg(worker.pid, signal.SIGKILL)
+    os.killpg(worker.pid, signal.SIGKILL)  # whatever it has started
     worker.wait()
-    return f"over {seconds} seconds, or the end of its process"
+    return f"over {question[0]} seconds, or the end of its process"
 
 
 def choice(boxed):

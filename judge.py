@@ -127,7 +127,8 @@ def ask_server(url, model, prompts, temperature):
     """A server's replies to prompts, in order, None for one that was cut off or failed; CONCURRENCY
     requests at a time. After FAILURES in a row it is taken for gone: a dead one costs a few
     time-outs and not one for each prompt."""
-    server, failures = connect(url), 0
+    server = connect(url)
+    failures = 0
 
     def ask(prompt):
         nonlocal failures

@@ -6,8 +6,9 @@ efficient RL framework secretly brings you off-policy RL training"."""
 import numpy as np
 import torch
 
-CHOICES = dict(loss=("clip", "gspo", "cispo"), anchor_loss=("luffy", "logp"),  # of settings
-               loss_norm=("group", "response", "token", "constant"))
+CHOICES = dict(  # of settings: the values that they may have
+    loss=("clip", "gspo", "cispo"), loss_norm=("group", "response", "token", "constant"),
+    anchor_loss=("luffy", "logp"))
 
 
 def set_weights(groups, loss_norm="group", max_response_tokens=1):
