@@ -21,7 +21,7 @@ from rollout import build_engine, generate_all_ranks, load_weights  # before tor
 import numpy as np
 import torch.distributed as dist
 
-from configurator import check, configure, die, is_rank0, print0, settings_for
+from configurator import check, configure, die, is_rank0, load_function, print0, settings_for
 from data import STYLES, encode_prompts, load_problems, load_tokenizer
 from model_utils import setup_distributed
 from runs import check_checkpoint, check_folder, free_name, write_json, write_jsonl, write_whole
@@ -143,10 +143,13 @@ def plan(model, tokenizer, room, given):
         longest = max(map(len, prompts))
         context = min(room, longest + how["max_response_tokens"])
         how["max_response_tokens"] = context - longest
-        # responses to other prompts are not these
-        crc32 = zlib.crc32(json.dumps(problems).encode() + np.concatenate(prompts).tobytes())
+        # responses to other prompts, or graded by other rules, are not these
+        asked = json.dumps(problems).encode() + np.concatenate(prompts).tobytes()
+        if how.get("reward"):
+            function = load_function(how["reward"], "reward")
+            asked += Path(function.__code__.co_filename).read_bytes()
         settings = model | settings_for(generate_all_ranks, how)
-        settings |= {"data": name, "context": context, "crc32": crc32}
+        settings |= {"data": name, "context": context, "crc32": zlib.crc32(asked)}
         yield settings, tokenizer, problems, prompts
 
 

@@ -72,14 +72,19 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path, model_dir, monkeypatch):
     assert [folder[-6:] for folder in found] == ["000002", "000010"]  # not the broken one
     assert found == evaluation.find_models(str(tmp_path))  # a folder of runs
     assert evaluation.find_models("a/b") == {"a/b": None}
+    mine = tmp_path / "mine.py"
+    mine.write_text("def score(text, row):\n    return 1\n")
     run = dict(dataset="sums", eval_problems=5, system_prompt="Hi", max_response_tokens=33,
-               reward="mine.py:score", reward_seconds=5.0, prompt=None)
+               reward=f"{mine}:score", reward_seconds=5.0, prompt=None)
     (tmp_path / "run_config.json").write_text(json.dumps(run | dict(temperature=1.0)))
     model, (tokenizer, _) = {"ckpt": str(tmp_path)}, load_tokenizer(model_dir)
     [(own, _, _, prompts)] = evaluation.plan(model, tokenizer, 8192, GIVEN)
     assert own["data"] == "sums" and "Hi" in tokenizer.decode(prompts[0]) and len(prompts) == 5
     assert own["max_response_tokens"] == 33 and own["temperature"] == 0 and own["n"] == 1
-    assert own["reward"] == "mine.py:score" and own["reward_seconds"] == 5
+    assert own["reward"] == f"{mine}:score" and own["reward_seconds"] == 5
+    mine.write_text("def score(text, row):\n    return 0\n")
+    [(changed, *_)] = evaluation.plan(model, tokenizer, 8192, GIVEN)
+    assert own == changed | {"crc32": own["crc32"]} != changed
     given = GIVEN | dict(data="arithmetic,sums", temperature=0.5, max_response_tokens=10**6)
     monkeypatch.setattr(evaluation, "n_of", (("sums", 4),))
     one, four = evaluation.plan(model, tokenizer, 8192, given)
