@@ -47,12 +47,12 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     on a CPU. All ranks call together, before the trainer takes its memory; it reseeds torch."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from vllm import LLM  # here: an import of many seconds
-
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         of_device = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True)
-    else:  # the smallest block: the most of a shared prompt that the prefix cache can hold
-        of_device = dict(enforce_eager=True, block_size=32)
+    else:  # small blocks share more of a prompt; a prompt cut in chunks would undo a seeded draw,
+        # which torch's generator on a CPU cannot
+        of_device = dict(enforce_eager=True, block_size=32, enable_chunked_prefill=False)
         torch._dynamo.config.disable = True  # vLLM's sampler would want a compiler
     # log-probabilities are of the distribution sampled from, after temperature
     return LLM(

@@ -6,7 +6,7 @@ import random
 from fractions import Fraction
 
 out_dir = "out/countdown"
-max_steps = 20
+max_steps = 10
 prompts_per_step = 24
 prompts_per_update = 24
 max_rounds = 1
@@ -14,7 +14,7 @@ group_size = 8
 max_response_tokens = 24
 tokens_per_micro_batch = 3000
 learning_rate = 1e-5
-eval_every = 10
+eval_every = 5
 eval_problems = 256
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -22,23 +22,22 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def dataset(split):
-    """Three numbers and what adding and subtracting them in some order comes to."""
+    """Two numbers, and what their sum, difference or product is."""
     draw = random.Random(split)
     rows = []
     for _ in range(256 if split == "test" else 4000):
-        numbers = [draw.randint(1, 50) for _ in range(3)]
-        a, b, c = draw.sample(numbers, 3)
-        target = a + draw.choice((1, -1)) * b + draw.choice((1, -1)) * c
-        if target > 0:
-            rows.append({"problem": f"{numbers} -> {target}", "answer": str(target),
-                         "numbers": numbers})
+        numbers = a, b = draw.sample(range(2, 51), 2)
+        target = draw.choice((a + b, abs(a - b), a * b))
+        rows.append({"problem": f"{numbers} -> {target}", "answer": str(target),
+                     "numbers": numbers})
     return rows
 
 
 def prompt(row):
     """A chat with two examples."""
-    turns = ("[3, 5, 8] -> 10", "8 + 5 - 3", "[20, 7, 4] -> 9", "20 - 7 - 4", row["problem"])
-    system = "Reach the number with the three numbers, each used once. Write the calculation only."
+    turns = ("[9, 7] -> 16", "9 + 7", "[4, 12] -> 8", "12 - 4", "[6, 5] -> 30", "6 * 5",
+             row["problem"])
+    system = "Reach the number with the others, each used once. Write the calculation only."
     return [{"role": "system", "content": system}] + [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 

@@ -97,6 +97,15 @@ def test_dynamic_sampling_accepts_in_order(world, monkeypatch):
     assert content(batch(3, wanted=lambda group: True)[0]) == content(everything[:3])
 
 
+def test_more_prompts_than_an_engine_step_has_room_for(world):
+    """On a CPU vLLM cannot cut the prompt of a request with a seed: it has to wait instead."""
+    rows = [{"problem": " + ".join(map(str, range(i, i + 25))), "answer": "0"} for i in range(60)]
+    prompts = data.encode_prompts(world[1], rows, "some.jsonl")
+    assert max(map(len, prompts)) < 158 and sum(map(len, prompts)) > 4096 + 60 * 32
+    groups = generate((*world[:2], rows, prompts), n=2, max_response_tokens=2)
+    assert [g.row for g in groups] == rows and all(g.lengths == [2, 2] for g in groups)
+
+
 def test_the_same_on_one_rank_and_two(world, run):
     here = sample(*world[:2])
     assert here[0] == 3 and here[1] > 6
