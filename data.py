@@ -97,7 +97,7 @@ def load_problems(name, split, key="dataset", data_dir="data"):
 def _read_problems(path, key, second="answer", lines=None):
     """Rows of a JSON Lines file, or lines, which have two texts: `problem` and `second`."""
     rows = []
-    for number, line in enumerate(lines or open(path, "rb"), 1):
+    for number, line in enumerate(open(path, "rb") if lines is None else lines, 1):
         if not line.strip():
             continue
         where = f"{key}: {path}, line {number}"

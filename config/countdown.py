@@ -34,7 +34,7 @@ def dataset(split):
 
 
 def prompt(row):
-    """A chat with two examples."""
+    """A chat with three examples."""
     turns = ("[9, 7] -> 16", "9 + 7", "[4, 12] -> 8", "12 - 4", "[6, 5] -> 30", "6 * 5",
              row["problem"])
     system = "Reach the number with the others, each used once. Write the calculation only."

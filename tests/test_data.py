@@ -107,9 +107,11 @@ def test_malformed_files_are_refused(tmp_path, refused):
     path.write_text(good)
     assert data.load_problems(str(path), "test") == [dict(problem="a", answer="1")]
     (tmp_path / "mine.py").write_text("def rows(split):\n    return [dict(problem=split, answer=2)]"
-                                      "\ndef none(split):\n    return [dict(problem=split)]\n")
+                                      "\ndef none(split):\n    return [dict(problem=split)]\n"
+                                      "def empty(split):\n    return []\n")
     assert data.load_problems(f"{tmp_path}/mine.py:rows", "b") == [dict(problem="b", answer="2")]
-    for name, words in (("none", "mine.py:none, line 1: 'answer' is"), ("other", "dataset: ")):
+    for name, words in (("none", "mine.py:none, line 1: 'answer' is"), ("other", "dataset: "),
+                        ("empty", "mine.py:empty has no rows")):
         refused(words, data.load_problems, f"{tmp_path}/mine.py:{name}", "b")
 
 
