@@ -125,9 +125,9 @@ def find_models(ckpt):
 def plan(model, tokenizer, room, given):
     """What to ask a model: (settings, tokenizer, problems, prompts) of every set.
     model: its own settings; room: tokens of its context; given: those of eval.py."""
-    run, path = {}, Path(model["ckpt"], "run_config.json")
-    if path.exists() and as_trained:
-        run = json.loads(path.read_text())
+    run, folder = {}, Path(model["ckpt"])
+    if as_trained and (folder / "trainer_state.json").exists():  # its files are whole: find_models
+        run = json.loads((folder / "run_config.json").read_text())
     own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
     if "data" not in given:
         run["max_problems"] = run.get("eval_problems")

@@ -114,8 +114,8 @@ check(
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
              "weight_decay samples_per_step tis_cap llds anchors anchor_share judge_noise",
      ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "< 1": "gpu_memory_utilization",
-     "<= 1": "entropy_share anchor_share", "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
-    infinite="nthr_beta oversample clip_high tis_cap grad_clip",
+     "<= 1": "entropy_share anchor_share weight_decay", "<= 0.01": "learning_rate",
+     "< inf": "nthr_beta"}, infinite="nthr_beta oversample clip_high tis_cap grad_clip",
     texts="eval_dataset system_prompt prompt reward demos judge_model", counts="max_num_seqs")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")

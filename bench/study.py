@@ -70,9 +70,14 @@ METHODS = {
 }
 # DaGRPO's own questions: how many anchors, how good a judge, which threshold
 DAGRPO = dict(anchor_share=(0.0, 0.25, 0.5), judge_noise=(1.0, 3.0), judge=("random",),
-              delta=(1, 5, "q0.25", "q0.5"))
+              delta=(1, 5, "q0.25", "q0.5"), demos=("self",))
 METHODS |= {f"{key}={value}": ["--variant=dagrpo", f"--{key}={value}"]
             for key, values in DAGRPO.items() for value in values}
+# what its masks cost: do right responses pay it (no wrong one has an advantage), do small gradients
+# (all are cut to one norm, which none is below)
+WHY = dict(right_alone="--neg_weight=0.0", one_norm="--grad_clip=0.05")
+METHODS |= {f"{method}_{name}": [f"--variant={method}", flag]
+            for method in ("grpo", "dagrpo") for name, flag in WHY.items()}
 # the config, its problems' kind, the model that it starts from and the train.py that leaves it
 GROUNDS = {
     "steps": ("config/study_steps.py", "sums", "out/study/start/step_000008",

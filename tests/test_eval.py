@@ -77,6 +77,7 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path, model_dir, monkeypatch):
     run = dict(dataset="sums", eval_problems=5, system_prompt="Hi", max_response_tokens=33,
                reward=f"{mine}:score", reward_seconds=5.0, prompt=None)
     (tmp_path / "run_config.json").write_text(json.dumps(run | dict(temperature=1.0)))
+    (tmp_path / "trainer_state.json").write_text("{}")
     model, (tokenizer, _) = {"ckpt": str(tmp_path)}, load_tokenizer(model_dir)
     [(own, _, _, prompts)] = evaluation.plan(model, tokenizer, 8192, GIVEN)
     assert own["data"] == "sums" and "Hi" in tokenizer.decode(prompts[0]) and len(prompts) == 5
