@@ -20,18 +20,16 @@ class Figures:
     def __init__(self, device):
         self.device = device
         self.start = self.last = time.time()
-        self.noted = {}  # (key, kind): pairs (2,) of sum and count, or of the maximum twice
+        self.noted = {}  # (key, kind): [(3,) sum, count and maximum, ...]
 
     def note(self, kind, key, values, where=True):
         values, where = (torch.as_tensor(x).detach().to(
             self.device, torch.float64, non_blocking=True) for x in (values, where))
         where = where.expand_as(values) > 0
-        if kind == "max":
-            lowest = values.new_full((1,), -torch.inf)  # for fillers, which have no values
-            pair = torch.cat([lowest, values[None].where(where, lowest).flatten()]).max().expand(2)
-        else:
-            pair = torch.stack([values.where(where, 0).sum(), where.sum()])
-        self.noted.setdefault((key, kind), []).append(pair)
+        lowest = values.new_full((1,), -torch.inf)  # for fillers, which have no values
+        largest = torch.cat([lowest, values.where(where, lowest).flatten()]).max()
+        triple = torch.stack([values.where(where, 0).sum(), where.sum(), largest])
+        self.noted.setdefault((key, kind), []).append(triple)
 
     mean = partialmethod(note, "mean")
     sum = partialmethod(note, "sum")
@@ -47,16 +45,14 @@ class Figures:
 
     def all_ranks(self):
         """{key: float} over all ranks, which call together; the mean of nothing is nan."""
-        noted = {name: torch.stack(pairs) for name, pairs in self.noted.items()}
-        mine = {name: (pairs.amax(0) if name[1] == "max" else pairs.sum(0)).tolist()
-                for name, pairs in noted.items()}
+        mine = {name: torch.stack(noted).cpu() for name, noted in self.noted.items()}
         seen, out = [None] * dist.get_world_size(), {}
         dist.all_gather_object(seen, mine)
         for key, kind in dict.fromkeys(name for of_rank in seen for name in of_rank):
-            pairs = [of_rank[key, kind] for of_rank in seen if (key, kind) in of_rank]
-            pair = np.max(pairs, 0) if kind == "max" else np.sum(pairs, 0)
-            count = pair[1] or math.nan
-            out[key] = float(pair[0] / count if kind == "mean" else pair[0])
+            noted = torch.cat([of_rank[key, kind] for of_rank in seen if (key, kind) in of_rank])
+            total, count, _ = noted.sum(0)
+            of = {"mean": total / count, "sum": total, "max": noted[:, 2].max()}
+            out[key] = of[kind].item()
         return out
 
 

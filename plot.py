@@ -7,6 +7,7 @@ import os
 import sys
 
 import pandas as pd
+import seaborn
 from matplotlib.figure import Figure
 
 from configurator import die
@@ -59,24 +60,22 @@ def plot_runs(seeds, path):
     """Draw the panels of which there are numbers. seeds: {name: [rows of metrics of each seed]},
     as of read_runs; a curve for each name, with a band from the lowest to the highest seed."""
     several = sum(map(len, seeds.values())) > 1
-    frames = {name: pd.DataFrame(sum(runs, [])) for name, runs in seeds.items()}
-    panels = []  # (title, [(label, its seeds' step, mean, min and max)])
+    points = []
     for title, keys in (line.split(": ") for line in PANELS.splitlines()):
-        keys = keys.split()[:1 if several else None]
-        lines = [(f"{name}\n{len(seeds[name])} seeds".strip() if several else key,
-                  frame.dropna(subset=key).groupby("step")[key].agg(["mean", "min", "max"]))
-                 for key in keys for name, frame in frames.items() if key in frame]
-        lines = [(label, points) for label, points in lines if len(points)]
-        panels += [(title, lines)] * bool(lines)
+        for key in keys.split()[:1 if several else None]:
+            for name, runs in seeds.items():
+                curve = f"{name}\n{len(runs)} seeds".strip() if several else key
+                points += [(title, curve, row["step"], row[key]) for row in sum(runs, [])
+                           if row.get(key) is not None]
+    points = pd.DataFrame(points, columns=["panel", "curve", "step", "value"])
+    order = [*points["curve"].unique()] if several else None  # one colour in all panels
+    panels = [*points.groupby("panel", sort=False)]
     fig, axes = subplots(len(panels))
-    labels = [*dict.fromkeys(label for _, lines in panels for label, _ in lines)]
-    for ax, (title, lines) in zip(axes.flat, panels):
-        for label, points in lines:
-            color = f"C{labels.index(label)}"  # the same in all panels
-            ax.plot(points["mean"], ".-", label=label, color=color)
-            ax.fill_between(points.index, points["min"], points["max"], color=color, alpha=0.15)
-        ax.set(title=title, xlabel="step")
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+    for ax, (title, panel) in zip(axes.flat, panels):
+        seaborn.lineplot(panel, x="step", y="value", hue="curve", hue_order=order, marker="o",
+                         errorbar=("pi", 100), ax=ax)
+        seaborn.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="")
+        ax.set(title=title, ylabel="")
     save_figure(fig, path)
 
 
