@@ -5,17 +5,21 @@ from transformers import AutoModelForCausalLM
 from configurator import die, print0
 
 
-def held_memory(config, ranks=1, parallel="ddp", compute_bytes=2, reference=False):
+def held_memory(config, ranks=1, parallel="ddp", compute_bytes=2, reference=False, lora_rank=0):
     """What training holds of one GPU while vLLM samples, GiB by part, from a Hugging Face config.
     reference: with a KL term. What an update takes beside it: bench/configs.py."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    params = sum(p.numel() for p in model.parameters())
+    frozen, trained = 0, sum(p.numel() for p in model.parameters())
+    if lora_rank:
+        linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+        frozen, trained = trained, lora_rank * sum(sum(m.weight.shape) for m in linear)
     is_sharded = parallel == "fsdp"
-    mine = params / (ranks if is_sharded else 1)
-    out = {"weights": 4 * mine, "moments": 8 * mine,
-           "reference": compute_bytes * mine if reference else 0,
-           "DDP's buckets": 4 * params if ranks > 1 and not is_sharded else 0,
+    share = 1 / ranks if is_sharded else 1
+    out = {"weights": (4 * trained + compute_bytes * frozen) * share,
+           "moments": 8 * trained * share,
+           "reference": compute_bytes * trained * share if reference and not lora_rank else 0,
+           "DDP's buckets": 4 * trained if ranks > 1 and not is_sharded else 0,
            # whole, when a checkpoint is written
            "embedding": 8 * config.vocab_size * config.hidden_size if is_sharded else 0}
     return {part: x / 2**30 for part, x in out.items()}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -328,7 +329,9 @@ class HeadLogprob(torch.autograd.Function):
     def backward(ctx, grad, *_):
         h, weight, targets, logp, lse = ctx.saved_tensors
         w = weight.to(h.dtype)
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=lse.dtype)
+        dh, dw = torch.empty_like(h), None
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros_like(weight, dtype=lse.dtype)
         grad = -grad / ctx.temperature
         of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1, not p
         for a in range(0, len(h), ctx.chunk):
@@ -336,11 +339,13 @@ class HeadLogprob(torch.autograd.Function):
             d = head_errors(h[rows], w, lse[rows], grad[rows], ctx.temperature)
             d.scatter_(-1, targets[rows, None], of_target[rows, None])
             dh[rows] = d @ w
+            if dw is None:  # LoRA
+                continue
             if d.is_cuda and d.dtype != dw.dtype:
                 torch.addmm(dw, d.T, h[rows], dw.dtype, out=dw)
             else:
                 dw.addmm_(d.T.to(dw.dtype), h[rows].to(dw.dtype))
-        return dh, dw.to(weight.dtype), None, None, None
+        return dh, dw if dw is None else dw.to(weight.dtype), None, None, None
 
 
 class Policy(torch.nn.Module):
@@ -350,13 +355,17 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype  # of matrix products; parameters keep their own
+        self.adapters = [layer for layer in model.modules() if hasattr(layer, "set_scale")]
         if compute_dtype == torch.bfloat16 and torch.cuda.is_available():
             for layer in model.base_model.layers:  # a third more tokens a second: docs/GPU.md
                 layer.compile(dynamic=True)
 
-    def forward(self, batch, temperature):
+    def forward(self, batch, temperature, adapted=True):
         """(logp (n,), entropy (n,), h (n, d), lse (n,)) of a MicroBatch's response tokens.
-        All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old."""
+        All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old. adapted:
+        with LoRA's adapters, or as the model was without them."""
+        for layer in self.adapters:
+            layer.set_scale("default", float(adapted))
         device = batch.input_ids.device.type
         low = self.compute_dtype == torch.bfloat16
         masks = None if low and device == "cuda" else tree_masks(batch)
@@ -369,6 +378,21 @@ class Policy(torch.nn.Module):
         weight = self.model.get_output_embeddings().weight  # (V, d)
         logp, entropy, lse = HeadLogprob.apply(h, weight, batch.targets, temperature)
         return logp, entropy, h.detach(), lse
+
+
+def plain_weights(model):
+    """(name, tensor) of a model's weights, LoRA's products added to those they adapt: whole, also
+    of FSDP shards; all ranks call together."""
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        layer, _, kind = name.partition(".base_layer")
+        weight = full(p.detach())
+        if kind == ".weight":
+            adapter = model.get_submodule(layer)
+            adapter.set_scale("default", 1.0)  # a pass without adapters leaves 0
+            weight = weight + full(adapter.get_delta_weight("default").detach())
+        yield layer + kind, weight
 
 
 def check_model(path, config):
@@ -386,10 +410,19 @@ def check_model(path, config):
 
 
 def load_policy(path, compute_dtype, device, activation_checkpointing=False,
-                param_dtype=torch.float32):
-    """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`."""
+                param_dtype=torch.float32, lora_rank=0, resumed=None):
+    """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
+    lora_rank: all linear layers but the head get adapters, in float32, which alone are trained;
+    resumed: the checkpoint that has them."""
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=param_dtype, attn_implementation="packed")
+    if lora_rank:
+        # alpha does not grow with the rank: nor does the best learning rate, then
+        config = LoraConfig(r=lora_rank, lora_alpha=32, target_modules="all-linear")
+        inject_adapter_in_model(config, model)
+        if resumed:
+            adapters = torch.load(f"{resumed}/adapters.pt", weights_only=True)
+            model.load_state_dict(adapters, strict=False)
     if activation_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(model.to(device), compute_dtype)
@@ -418,9 +451,10 @@ def parallelize(policy, parallel, device="cpu"):
 
 
 def make_optimizer(policy, learning_rate, weight_decay, name="adamw"):
-    """AdamW ("adamw") or plain gradient descent ("sgd") over a policy's parameters."""
+    """AdamW ("adamw") or plain gradient descent ("sgd") over what a policy trains."""
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
-    return kind(policy.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return kind(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(net, optimizer, grad_clip):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from configurator import die, is_rank0
 from data import Group, choose_anchors, data_index, encode_anchor, mixed, with_anchors
 from grader import grade_all
-from model_utils import full
+from model_utils import plain_weights
 
 
 def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_num_seqs=None, tp=1):
@@ -211,8 +211,7 @@ def sync_weights(engine, model):
         # vLLM maps its memory past torch's allocator, which keeps the trainer's
         torch.cuda.empty_cache()
         engine.wake_up(["weights"])
-    weights = ((name, full(p.detach())) for name, p in model.named_parameters())
-    push_weights(engine, weights)
+    push_weights(engine, plain_weights(model))
     if torch.cuda.is_available():
         engine.wake_up(["kv_cache"])
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import die, is_rank0, print0
-from model_utils import full
+from model_utils import full, plain_weights
 
 
 def write_whole(path, text):
@@ -185,7 +185,8 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
         x = full(x.detach())
         return x.cpu() if is_rank0() else None
 
-    weights = {name: gather(p) for name, p in model.named_parameters()}
+    weights = {name: gather(w) for name, w in plain_weights(model)}
+    adapters = {name: gather(p) for name, p in model.named_parameters() if ".lora_" in name}
     moments = {i: {k: gather(v) for k, v in of_param.items()}
                for i, of_param in optimizer.state_dict()["state"].items()}
     if is_rank0():
@@ -201,6 +202,8 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
                 model.save_pretrained(tmp, state_dict=weights)
                 tokenizer.save_pretrained(tmp)
                 torch.save(moments, f"{tmp}/optimizer.pt")
+                if adapters:
+                    torch.save(adapters, f"{tmp}/adapters.pt")
                 write_json(f"{tmp}/run_config.json", config)
                 files = {name: checksum(f"{tmp}/{name}") for name in os.listdir(tmp)}
                 write_json(f"{tmp}/trainer_state.json", dict(state, files=files))

@@ -7,6 +7,7 @@
 Settings are the globals below; config files and flags override them (configurator.py)."""
 import re
 import time
+from functools import partial
 
 import rollout  # before torch, whose threads it sets
 
@@ -89,6 +90,7 @@ decay_steps = 0               # steps over which it falls linearly to 0; 0: it d
 weight_decay = 0.0
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 max_bad_steps = 3             # in a row, without a finite gradient, before the run ends
+lora_rank = 0                 # train adapters of this rank in all linear layers; 0: the weights
 parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
 compute_dtype = "auto"        # of matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
 activation_checkpointing = False  # compute activations again in the backward pass
@@ -112,7 +114,8 @@ check(
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
             "gpu_memory_utilization entropy_share max_bad_steps reward_seconds",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
-             "weight_decay samples_per_step tis_cap llds anchors anchor_share judge_noise",
+             "weight_decay samples_per_step tis_cap llds anchors anchor_share lora_rank "
+             "judge_noise",
      ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "< 1": "gpu_memory_utilization",
      "<= 1": "entropy_share anchor_share weight_decay", "<= 0.01": "learning_rate",
      "< inf": "nthr_beta"}, infinite="nthr_beta oversample clip_high tis_cap grad_clip",
@@ -131,6 +134,8 @@ if prompts_per_step % prompts_per_update:
 start = runs.newest_checkpoint(out_dir) if resume else None
 if resume and start is None:
     die(f"resume: no whole checkpoint in {out_dir}; all machines have to see it")
+if start and start[1].get("lora_rank", 0) != lora_rank:
+    die(f"lora_rank: {lora_rank} is not that of the checkpoint to resume from")
 problems = data.load_problems(dataset, "train", data_dir=data_dir)
 if eval_dataset is None and (
         dataset in data.MADE or (dataset, "test") in data.SETS or ".py:" in dataset):
@@ -186,7 +191,7 @@ if from_self:
 compute = getattr(torch, compute_dtype.replace("auto", "bfloat16" if on_cuda else "float32"))
 if on_cuda and gpu_memory_utilization is None:
     gpu_memory_utilization = vllm_share(device, held_memory(
-        hf_config, world_size, parallel, compute.itemsize, kl_coef > 0))
+        hf_config, world_size, parallel, compute.itemsize, kl_coef > 0, lora_rank))
 load_from = start[0] if start else model
 engine = rollout.build_engine(load_from, context, seed, rollout_dtype, gpu_memory_utilization,
                               max_num_seqs, tp)
@@ -194,14 +199,17 @@ vllm_bytes = torch.cuda.memory_allocated()  # 0 on a CPU
 if compute == torch.bfloat16:
     torch.set_float32_matmul_precision("high")  # TF32 for NTHR's scores
 home = "cpu" if parallel == "fsdp" else device
-policy = model_utils.load_policy(load_from, compute, home, activation_checkpointing)
+torch.manual_seed(seed)  # of LoRA's adapters, the same on all ranks
+policy = model_utils.load_policy(
+    model if lora_rank else load_from, compute, home, activation_checkpointing,
+    compute if lora_rank else torch.float32, lora_rank, start and start[0])
 net = model_utils.parallelize(policy, parallel, device).train()
 optimizer = model_utils.make_optimizer(policy, learning_rate, weight_decay)
 if start:
     runs.load_optimizer(start[0], optimizer)
     print0(f"resumed from {start[0]}")
-ref = None
-if kl_coef:
+ref = partial(net, adapted=False) if kl_coef and lora_rank else None
+if kl_coef and not lora_rank:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
     ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref
 if is_rank0():
@@ -285,8 +293,8 @@ while True:
     due = step == max_steps or bool(eval_every) and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
     if save and step != saved:
-        runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
-                             tokenizer, optimizer, config)
+        state = dict(step=step, position=position, lora_rank=lora_rank)
+        runs.save_checkpoint(out_dir, state, policy.model, tokenizer, optimizer, config)
     if stop:
         print0(f"stopped by signal {stop} after step {step}; checkpoints to --resume from: "
                f"{runs.checkpoints(out_dir)}")

@@ -54,7 +54,8 @@ def replay(steps, *flags, probes=()):
     """Run train.py with flags on the groups of every step. Returns (updates, policy).
 
     An update: its loss over all ranks, gradient norm, the gradient at the probes (parameter, row,
-    column), the advantages of this rank's tokens, the anchor_texts that sample_batch was given.
+    column) that are trained, the advantages of this rank's tokens, the anchor_texts that
+    sample_batch was given.
     """
     updates, upcoming = [], iter(steps)
     loss, per_token, known = [0.0], [], {}
@@ -74,7 +75,8 @@ def replay(steps, *flags, probes=()):
 
     def optimizer_step(net, optimizer, grad_clip):
         params = {name.removeprefix("module."): p for name, p in net.named_parameters()}
-        grads = [float(model_utils.full(params[name].grad)[i, j]) for name, i, j in probes]
+        grads = [float(model_utils.full(params[name].grad)[i, j]) for name, i, j in probes
+                 if name in params and params[name].grad is not None]
         norm = given_step(net, optimizer, grad_clip)
         total = torch.tensor(loss[0], dtype=torch.float64)
         dist.all_reduce(total)

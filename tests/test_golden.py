@@ -16,6 +16,7 @@ GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
 GROUPS = read_groups(GOLDEN["groups"])
 # what one rank and two have to agree on, with four of the model's layers
 PROBES = [["model.model.embed_tokens.weight", 33, 7],
+          ["model.model.layers.0.self_attn.q_proj.lora_B.default.weight", 7, 1],
           ["model.model.layers.0.self_attn.q_proj.weight", 5, 9],
           ["model.model.layers.3.mlp.up_proj.weight", 11, 2]]
 AGREE = {
@@ -26,6 +27,8 @@ AGREE = {
     "spare_logp_cispo": ["--variant=spare_logp", "--nthr_eta=0.0", "--loss=cispo",
                          "--prompts_per_update=2"],
     "dagrpo_luffy": GOLDEN["flags"]["dagrpo_luffy"],
+    "lora_fsdp": ["--lora_rank=3", "--kl_coef=0.1", "--prompts_per_update=2",
+                  "--learning_rate=1e-3", "--parallel=fsdp"],
     "nthr_cut_fsdp": [*GOLDEN["flags"]["nthr_cut_two_updates"], "--parallel=fsdp"]}
 
 

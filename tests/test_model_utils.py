@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import model_utils
+import runs
 from data import Group
 from model_utils import NOTHING, HeadLogprob, Policy, load_policy, pack, pack_units
 
@@ -191,6 +192,65 @@ def test_all_ranks_run_as_many_passes(count, cut, moved, monkeypatch):
     assert sorted(id(g) for rank in ranks for g in rank) == sorted(map(id, groups))
     load = [sum(len(g.prompt) + sum(g.lengths) for g in rank) for rank in ranks]
     assert max(load) - min(load) <= 46  # the largest group
+
+
+def test_lora_is_the_plain_model_with_products_added(small, tmp_path):
+    """Log-probabilities and gradients of adapters are autograd's through W + B A."""
+    policy, plain = (load_policy(small, torch.float32, "cpu", lora_rank=r) for r in (3, 0))
+    [batch] = batches_of(random_groups(49152, SIZES))
+    adapters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert len(adapters) == 2 * 7 * 4 and all(".lora_" in name for name in adapters)
+    for name, p in adapters.items():
+        if ".lora_B." in name:
+            assert not p.any()
+            torch.nn.init.normal_(p, std=0.02)
+    weights = dict(plain.named_parameters())
+    for name, a in adapters.items():
+        if ".lora_A." in name:
+            b = adapters[name.replace("_A", "_B")]
+            key = f"model.{name.split('.lora_')[0]}.weight"
+            weights[key] = weights[key] + 32 / 3 * b @ a
+    with torch.no_grad():
+        before = plain(batch, 1.0)[0]
+    want = torch.func.functional_call(plain, weights, (batch, 1.0))[0]
+    got = policy(batch, 1.0)[0]
+    assert torch.allclose(got, want, rtol=1e-5) and (got - before).abs().max() > 0.1
+    assert torch.allclose(policy(batch, 1.0, adapted=False)[0], before, rtol=1e-5)
+    grads = [torch.autograd.grad((x * x).sum(), [*adapters.values()]) for x in (got, want)]
+    for x, y in zip(*grads):
+        assert (x - y).norm() <= 1e-4 * y.norm() > 0
+    merged = dict(model_utils.plain_weights(policy.model))
+    for name, weight in weights.items():
+        assert torch.allclose(merged[name.removeprefix("model.")], weight, atol=1e-6)
+
+
+def test_adapters_are_saved_to_the_bit_and_their_checkpoint_is_a_plain_model(small, tmp_path):
+    batches = batches_of(random_groups(49152, SIZES))
+
+    def trainer(resumed=None):
+        policy = load_policy(small, torch.float32, "cpu", lora_rank=3, resumed=resumed)
+        return policy, model_utils.make_optimizer(policy, 1e-2, 0.0)
+
+    def update(policy, optimizer):
+        for batch in batches:
+            policy(batch, 1.0)[0].sum().backward()
+        model_utils.optimizer_step(policy, optimizer, 1.0)
+        return dict(model_utils.plain_weights(policy.model))
+
+    model_utils.setup_distributed()
+    policy, optimizer = trainer()
+    first = update(policy, optimizer)
+    assert len(optimizer.state) == 2 * 7 * 4  # nothing of the base
+    runs.save_checkpoint(tmp_path, dict(step=1), policy.model, AutoTokenizer.from_pretrained(small),
+                         optimizer, dict(on_full_disk="stop", keep_ckpts=1))
+    path, _ = runs.newest_checkpoint(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(p, first[name]) for name, p in saved.named_parameters())
+    again = trainer(path)
+    runs.load_optimizer(path, again[1])
+    resumed, second = update(*again), update(policy, optimizer)
+    assert all(torch.equal(w, resumed[name]) for name, w in second.items())
+    assert not torch.equal(*(w["model.layers.0.mlp.up_proj.weight"] for w in (first, second)))
 
 
 def test_checkpointing_gives_the_same_gradient(short, model_dir):

@@ -67,10 +67,18 @@ def push(world, policy, changed=""):
     assert gap(policy, generate(world, n=2)) < 1e-3
 
 
-def test_weight_sync(world):
+def test_weight_sync(world, model_dir):
     push(world, copy.deepcopy(world[-1]))
     rollout.sync_weights(world[0], world[-1].model)  # a second time
     assert gap(world[-1], generate(world, n=2)) < 1e-3
+    adapted = load_policy(model_dir, torch.float32, "cpu", lora_rank=4)
+    for name, p in adapted.model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(p, std=0.01)
+    assert gap(adapted, generate(world, n=2)) > 1e-2
+    rollout.sync_weights(world[0], adapted.model)
+    assert gap(adapted, generate(world, n=2)) < 1e-3
+    rollout.sync_weights(world[0], world[-1].model)
 
 
 def test_dynamic_sampling_accepts_in_order(world, monkeypatch):

@@ -122,7 +122,7 @@ def test_two_ranks(run, tmp_path, small):
     FSDP2 on one, as another variant."""
     near, far = tmp_path / "near", tmp_path / "far"
     args = ("train.py", *SMALL, f"--model={small}", "--eval_every=0", "--kl_coef=0.01",
-            "--anchors=1", "--dataset=sums", "--max_response_tokens=48")
+            "--lora_rank=4", "--anchors=1", "--dataset=sums", "--max_response_tokens=48")
     run(*args, "--variant=nthr", "--max_steps=1", "--tis_cap=2",
         nodes=([f"--out_dir={near}"], [f"--out_dir={far}"]))
     assert list(far.iterdir()) == []  # the first machine's rank 0 writes
