@@ -123,7 +123,6 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
             figures.mean("nthr/selected", selected, where=wrong)
             if correct.any():
                 figures.mean("nthr/tau", tau)
-                figures.mean("nthr/tau_negative", tau < 0)
                 figures.mean("nthr/eta", eta)
     return A
 

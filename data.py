@@ -275,24 +275,18 @@ def encode_chats(tokenizer, chats):
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def encode_prompts(tokenizer, problems, dataset, system_prompt=None, few_shot=None, prompt=None,
-                   room=math.inf, key="dataset"):
-    """Prompt token ids of every problem, a list of int32 arrays (P,). few_shot: ((question,
-    answer), ...) as earlier turns of the chat. None: the data set's own, BOXED for a file. prompt:
-    "FILE.py:NAME", a function of a row to the whole chat, as of `chat`. A prompt of more than
-    `room` tokens ends the program; `key` is the setting that named the problems."""
+def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None, room=math.inf,
+                   key="dataset"):
+    """Prompt token ids of every problem, a list of int32 arrays (P,). system_prompt None: the set's
+    own, BOXED for a file. prompt: "FILE.py:NAME", a function of a row to the whole chat. A prompt
+    of more than `room` tokens ends the program; `key` is the setting that named the problems."""
     if not problems:
         return []
     lettered = all(row.get("n_choices") for row in problems)
     style = STYLES.get(dataset, CHOICE if lettered else BOXED)
     system_prompt = style["system_prompt"] if system_prompt is None else system_prompt
-    few_shot = style["few_shot"] if few_shot is None else few_shot
-    try:
-        turns = [text + "" for question, answer in few_shot for text in (question, answer)]
-    except (TypeError, ValueError):
-        die(f"few_shot: {few_shot!r} is not ((question, answer), ...)")
     head = [{"role": "system", "content": system_prompt}]
-    chats = [head + chat(*turns, row["problem"]) for row in problems]
+    chats = [head + chat(*style["few_shot"], row["problem"]) for row in problems]
     if prompt:
         chats = map(load_function(prompt, "prompt"), problems)
     prompts = [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]

@@ -38,7 +38,6 @@ temperature = 0.0             # 0: greedy
 max_response_tokens = None    # None: as in training, the set's own, 2048; at most what fits
 max_problems = None           # the first so many of each set; None: all, or as in training
 system_prompt = None          # None: as in training, else the set's own
-few_shot = None               # likewise
 prompt = None                 # likewise, see train.py
 reward = None                 # likewise
 seed = 0                      # of sampling; the number of ranks changes nothing
@@ -243,7 +242,7 @@ if __name__ == "__main__":
             elif folder != inside:
                 load_weights(engine, folder)
             inside = folder
-            groups = generate_all_ranks(engine, *questions, **sampling, progress=True)
+            groups = generate_all_ranks(engine, *questions, **sampling)
             rows = [g.row | {"response": g.texts, "length": g.lengths, "reward": g.reward.tolist(),
                              "correct": g.correct.tolist(),
                              "truncated": g.truncated.tolist()} for g in groups]

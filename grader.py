@@ -3,9 +3,8 @@ r"""Is the last `\boxed{}` of a response the reference answer?
     grade_all([("... so \\boxed{\\frac{1}{2}}.", {"answer": "0.5"}), ...])      # [True, ...]
 
 Both get one spelling (`normalise`); equal spellings and numbers are compared here (`quick`), the
-rest by math-verify in workers (this file as a program, so CUDA may be up and any thread may call):
-`9^{9^{9^9}}` costs two seconds of processor time and a worker, but no more than its own verdict.
-A function of the user's, `reward`, can take the place of all this, and runs there, too."""
+rest by math-verify in workers (this file as a program): `9^{9^{9^9}}` costs two seconds of
+processor time and a worker, no more. A function of the user's, `reward`, can take its place."""
 import contextlib
 import json
 import os
@@ -102,7 +101,8 @@ def quick(text, problem):
     if not boxed:
         return False
     if problem.get("n_choices"):
-        return choice(boxed) in (gold.upper(), problem.get("answer_letter") or gold)
+        letter = CHOICE.match(normalise(boxed[:LONGEST])[0])  # or number
+        return bool(letter) and letter[1].upper() in (gold.upper(), problem.get("answer_letter"))
     if max(len(boxed), len(gold)) > LONGEST:
         return boxed.strip() == gold
     (gold, unit), (pred, pred_unit) = normalise(gold), normalise(boxed)
@@ -177,12 +177,6 @@ def _ask(question):
     os.killpg(worker.pid, signal.SIGKILL)  # whatever it has started
     worker.wait()
     return f"over {question[0]} seconds, or the end of its process"
-
-
-def choice(boxed):
-    """The letter (or the number, where choices are numbered) that a box names, or None."""
-    match = CHOICE.match(normalise(boxed[:LONGEST])[0])
-    return match and match[1].upper()
 
 
 def grade_all(items, reward=None, reward_seconds=2.0):

@@ -26,7 +26,6 @@ RETRIES = 2         # times that a reply without a score, or none, is asked for 
 TIMEOUT = 60.0      # seconds a server may be silent, after which it is tried once more
 CONCURRENCY = 32    # requests to a server at once, per rank
 FAILURES = 32       # in a row, after which a server is taken for gone
-LOCAL_JUDGES = ("rubric", "random")  # they need no server
 
 PROMPT = """You grade a response to a mathematics problem from 1 (worthless) to 10 (as good as the \
 reference solution).
@@ -100,17 +99,15 @@ def rubric_score(row, text, reward, truncated):
 
 
 def connect(url):
-    """A client of a server; its key: JUDGE_API_KEY, else OPENAI_API_KEY unless it goes in clear."""
-    key = os.environ.get("JUDGE_API_KEY")
-    if url.startswith(("https://", "http://localhost:", "http://127.0.0.1:")):
-        key = key or os.environ.get("OPENAI_API_KEY")
-    return openai.OpenAI(base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=1)
+    """A client of a server, which JUDGE_API_KEY is for."""
+    key = os.environ.get("JUDGE_API_KEY", "none")
+    return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=1)
 
 
 def open_judge(judge, judge_model):
-    """The name of a server's model, judge_model or the first it lists, after it has answered a
-    question; ends the program if it does not. None for other judges."""
-    if judge in LOCAL_JUDGES:
+    """The name of a server's model, judge_model or its first, once it has answered a question; ends
+    the program if it does not. None for other judges."""
+    if judge in ("rubric", "random"):
         return None
     try:
         server = connect(judge)
@@ -119,8 +116,7 @@ def open_judge(judge, judge_model):
         return name
     except Exception as e:  # its text might quote the key
         die(f"judge: {judge} does not answer as an OpenAI-compatible server: {type(e).__name__}; "
-            f"does it end in /v1, serve {judge_model=}, take the key in JUDGE_API_KEY or "
-            "OPENAI_API_KEY?")
+            f"does it end in /v1, serve {judge_model=}, take the key in JUDGE_API_KEY?")
 
 
 def ask_server(url, model, prompts, temperature):

@@ -19,6 +19,7 @@ from pathlib import Path
 from rollout import build_engine, sample_batch, sleep_engine  # before torch
 
 import numpy as np
+import seaborn
 import torch
 import torch.distributed as dist
 from tqdm import trange
@@ -39,7 +40,6 @@ dataset = "arithmetic"        # as in train.py
 split = "train"               # of a name: "train" or "test"
 data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 system_prompt = None          # str; None: the data set's own
-few_shot = None               # ((question, answer), ...) as earlier turns; None: the data set's own
 prompt = None                 # as in train.py
 reward = None                 # likewise
 seed = 0                      # of data order, sampling and Random's draw
@@ -58,7 +58,6 @@ thr_p = 0.0                   # this and what follows as in train.py
 entropy_share = 0.2
 advantage_norm = "std"
 loss_norm = "group"
-optimizer = "adamw"           # its first step, or "sgd"
 learning_rate = 1e-6
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 # what no question's numbers depend on
@@ -71,8 +70,7 @@ config = configure(globals())
 
 check(
     config, advantages.CHOICES | losses.CHOICES | dict(
-        variants=[v for v in VARIANTS if v != "dagrpo"], optimizer=("adamw", "sgd"),
-        split=("train", "test")),
+        variants=[v for v in VARIANTS if v != "dagrpo"], split=("train", "test")),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
      ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
@@ -83,7 +81,7 @@ problems = load_problems(dataset, split, data_dir=data_dir)
 tokenizer, hf_config = load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 room = hf_config.max_position_embeddings - max_response_tokens
-prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, few_shot, prompt, room)
+prompts = encode_prompts(tokenizer, problems, dataset, system_prompt, prompt, room)
 context = max(map(len, prompts)) + max_response_tokens
 check_folder(out_dir)
 
@@ -132,7 +130,7 @@ def ask(batches):
 
 def one_update(variant, group, old, batches):
     """What one update does to the log-likelihood of every response, (G,); theta is put back."""
-    optim = model_utils.make_optimizer(policy, learning_rate, 0.0, optimizer)
+    optim = model_utils.make_optimizer(policy, learning_rate)
     advantage = advantages.token_advantages(variant, group, old, **of_variant)
     sizes = [len(batch.targets) for batch in batches]
     for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):
@@ -220,9 +218,8 @@ def picture():
             "GWHES (eq. 5, Table 1), mean over correct responses": columns["gwhes"]}.items()):
         for variant in variants:
             y = columns[f"delta_{variant}"]
-            place = y.argsort().argsort() if x is None else x
-            levels = np.unique(place)
-            ax.plot(levels, [y[place == level].mean() for level in levels], "o", label=variant)
+            seaborn.lineplot(x=y.argsort().argsort() if x is None else x, y=y, ax=ax, marker="o",
+                             linestyle="", errorbar=None, label=variant)
         ax.axhline(0, color="black")
         ax.set(xlabel=xlabel, ylabel=r"$\Delta(x)$, nats")
     ax.legend()
@@ -234,19 +231,15 @@ def page():
     rows = []
     for row in sorted(done, key=lambda row: row["delta_grpo"])[:8]:
         group = groups[row["question"]]
-        title = f"Delta of GRPO {row['delta_grpo']:+.3f}, p = {row['p']}, tau = {row['tau']:.3g}"
-        rows.append({"title": title, "prompt": tokenizer.decode(group["prompt"]), "responses": [{
-            "correct": row["correct"][i], "spared": row["selected_tokens"][i],
-            "tokens": tokenizer.batch_decode([[token] for token in tokens]),
-            "scores": {key: row[key][i] for key in ("s", "thr", "entropy", "surprisal")},
-        } for i, tokens in enumerate(group["responses"])]})
+        tokens = [tokenizer.batch_decode([*zip(ids)]) for ids in group["responses"]]
+        rows.append(row | {"prompt": tokenizer.decode(group["prompt"]), "tokens": tokens})
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return page.replace("ROWS", json.dumps(rows).replace("<", "\\u003c"), 1)  # no tag in a text
 
 
 if is_rank0():
     summary = summarize()
-    rows = [[f"{len(done)} questions, {optimizer}, {learning_rate=:g}", "mean", "95% interval"]]
+    rows = [[f"{len(done)} questions, AdamW, {learning_rate=:g}", "mean", "95% interval"]]
     for name, (mean, low, high) in sorted(summary.items()):
         rows.append([name, f"{mean:.4f}", f"{low:.4f} to {high:.4f}"])
     text = table(rows)

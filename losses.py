@@ -50,12 +50,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
         log_ratio = logp.detach() - old_logp
         means = per_response(log_ratio, batch) / per_response(torch.ones_like(log_ratio), batch)
         ratio = means.exp().index_select(0, batch.response) * (logp - logp.detach()).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    cut_off = -A * clipped > -A * ratio
-    if loss == "cispo":
-        losses = -A * clipped.detach() * logp
-    else:
-        losses = torch.maximum(-A * ratio, -A * clipped)
+    plain, clipped = (-A * x for x in (ratio, ratio.clamp(1 - clip_low, 1 + clip_high)))
+    losses = clipped.detach() * logp if loss == "cispo" else torch.maximum(plain, clipped)
 
     importance = (batch.old_logp - batch.rollout_logp).where(sampled, 0).exp()
     if tis_cap:
@@ -71,12 +67,11 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
 
     if figures is not None:
         gap = (batch.old_logp - batch.rollout_logp).abs()
-        figures.mean("train/clip_fraction", cut_off, where=sampled)
+        figures.mean("train/clip_fraction", clipped > plain, where=sampled)
         figures.mean("train/kl_old", kl_k3(old_logp, logp.detach()), where=sampled)
         figures.mean("gap/mean", gap, where=sampled)
         figures.max("gap/max", gap, where=sampled)
         figures.mean("gap/importance", importance, where=sampled)
-        figures.max("gap/importance_max", importance, where=sampled)
         if kl_coef:
             figures.mean("train/kl", kl.detach(), where=sampled)
         if llds:

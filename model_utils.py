@@ -36,17 +36,17 @@ from data import Group
 
 def setup_distributed():
     """Join torchrun's process group, or make one of a single rank. Returns this rank's device."""
+    libc = ctypes.CDLL(None)
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any that is free
     else:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # ranks of a torchrun that is killed end, too
+        libc.prctl(1, signal.SIGTERM)  # ranks of a torchrun that is killed end, too
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:  # glibc keeps what is freed: large blocks need not be cleared by the system again
-        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)          # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if not dist.is_initialized():
@@ -329,9 +329,8 @@ class HeadLogprob(torch.autograd.Function):
     def backward(ctx, grad, *_):
         h, weight, targets, logp, lse = ctx.saved_tensors
         w = weight.to(h.dtype)
-        dh, dw = torch.empty_like(h), None
-        if ctx.needs_input_grad[1]:
-            dw = torch.zeros_like(weight, dtype=lse.dtype)
+        dh = torch.empty_like(h)
+        dw = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         grad = -grad / ctx.temperature
         of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1, not p
         for a in range(0, len(h), ctx.chunk):
@@ -339,13 +338,13 @@ class HeadLogprob(torch.autograd.Function):
             d = head_errors(h[rows], w, lse[rows], grad[rows], ctx.temperature)
             d.scatter_(-1, targets[rows, None], of_target[rows, None])
             dh[rows] = d @ w
-            if dw is None:  # LoRA
+            if dw is None:  # LoRA leaves the head alone
                 continue
             if d.is_cuda and d.dtype != dw.dtype:
                 torch.addmm(dw, d.T, h[rows], dw.dtype, out=dw)
             else:
                 dw.addmm_(d.T.to(dw.dtype), h[rows].to(dw.dtype))
-        return dh, dw if dw is None else dw.to(weight.dtype), None, None, None
+        return dh, dw, None, None, None
 
 
 class Policy(torch.nn.Module):
@@ -412,8 +411,7 @@ def check_model(path, config):
 def load_policy(path, compute_dtype, device, activation_checkpointing=False,
                 param_dtype=torch.float32, lora_rank=0, resumed=None):
     """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
-    lora_rank: all linear layers but the head get adapters, in float32, which alone are trained;
-    resumed: the checkpoint that has them."""
+    lora_rank: adapters in float32 in all linear layers, the one thing trained; resumed: theirs."""
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=param_dtype, attn_implementation="packed")
     if lora_rank:
@@ -450,11 +448,10 @@ def parallelize(policy, parallel, device="cpu"):
                        reshard_after_forward=True if frozen else None)
 
 
-def make_optimizer(policy, learning_rate, weight_decay, name="adamw"):
-    """AdamW ("adamw") or plain gradient descent ("sgd") over what a policy trains."""
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+def make_optimizer(policy, learning_rate, weight_decay=0.0):
+    """AdamW over what a policy trains."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    return kind(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(net, optimizer, grad_clip):

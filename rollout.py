@@ -82,13 +82,13 @@ def make_groups(tokenizer, rows, prompts, outputs, seeds, *of_grader):
 
 
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
-                       tp=1, seed=0, reward=None, reward_seconds=2.0, progress=False):
+                       tp=1, seed=0, reward=None, reward_seconds=2.0):
     """n graded responses to every problem: a Group each, in their order, the same on all ranks."""
     return sample_batch(
         engine, tokenizer, problems, prompts, 0, seed=seed, prompts_per_step=len(problems),
         group_size=n, temperature=temperature, max_response_tokens=max_response_tokens,
         oversample=math.inf, max_rounds=1, dynamic_sampling=False, shuffle=False, tp=tp,
-        reward=reward, reward_seconds=reward_seconds, progress=progress)[0]
+        reward=reward, reward_seconds=reward_seconds)[0]
 
 
 LOOK_EVERY = 8  # engine steps between two looks at what has finished, on all ranks at once
@@ -99,7 +99,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                  group_size, temperature, max_response_tokens, oversample=1.0,
                  max_rounds=8, dynamic_sampling=True, wanted=mixed, shuffle=True, tp=1,
                  anchors=0, anchor_share=1.0, anchor_hard_only=False, anchor_texts=None, end=None,
-                 reward=None, reward_seconds=2.0, progress=False):
+                 reward=None, reward_seconds=2.0):
     """Groups of graded responses until `prompts_per_step` of them are `wanted` ([DAPO]).
 
     Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
@@ -150,7 +150,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     requests, graded = {}, {}               # of this engine's prompts: vLLM's name, group
     finished, grading = {}, []              # outputs by prompt, then futures of their groups
     engine.reset_prefix_cache()             # never another policy's keys and values
-    bar = tqdm(None, "prompts", max_prompts, leave=False, disable=not (progress and is_rank0()))
+    bar = tqdm(None, "prompts", max_prompts, leave=False, disable=not is_rank0() or None)
     with ThreadPoolExecutor(1) as grader:   # grades while the engine goes on
         while True:
             # enough?

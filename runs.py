@@ -87,9 +87,12 @@ def log(out_dir, **files):
 
 
 def read_rows(out_dir, name="metrics"):
-    """Rows of a file that a run logs to, metrics.jsonl; none before the first."""
-    path = Path(out_dir, f"{name}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Rows of a file that a run logs to, without those that are cut off or damaged; or none."""
+    path, rows = Path(out_dir, f"{name}.jsonl"), []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            rows.append(dict(json.loads(line)))
+    return rows
 
 
 def check_folder(path):
@@ -137,6 +140,15 @@ def open_run(out_dir, config, start=None):
     """Make the run's folder, with config as run_config.json; what changes goes to old_N/. Rank 0.
     start: the checkpoint that is resumed, (folder, state): settings that differ are printed, rows
     that will come again leave metrics.jsonl and samples.jsonl. None: all of an earlier run goes."""
+    if start:
+        with open(f"{start[0]}/run_config.json") as f:
+            before = json.load(f)
+        for key, value in json.loads(json.dumps(config)).items():
+            if before.get(key) != value and key != "resume":
+                print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
+        if before.get("lora_rank", 0) != config.get("lora_rank", 0):
+            die("lora_rank: is another one in the checkpoint to resume from")
+        prune(out_dir, start[0], config["keep_ckpts"])  # a kill may have left one too many
     old = free_name(f"{out_dir}/old_")
     there = [p for name in OURS for p in glob.glob(f"{glob.escape(out_dir)}/{name}")]
     os.makedirs(old if there else out_dir, exist_ok=True)
@@ -146,29 +158,17 @@ def open_run(out_dir, config, start=None):
         elif path.endswith(LOGS):
             shutil.copy(path, old)
             if path.endswith(".jsonl"):
-                drop_later_rows(path, start[1]["step"])
+                drop_later_rows(out_dir, Path(path).stem, start[1]["step"])
     if there and start is None:
         print0(f"{out_dir} held a run; it is now in {old}")
-    if start:
-        with open(f"{start[0]}/run_config.json") as f:
-            before = json.load(f)
-        for key, value in json.loads(json.dumps(config)).items():
-            if before.get(key) != value and key != "resume":
-                print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
-        prune(out_dir, start[0], config["keep_ckpts"])  # a kill may have left one too many
     write_json(f"{out_dir}/run_config.json", config)
 
 
-def drop_later_rows(path, step):
+def drop_later_rows(out_dir, name, step):
     """Leave in a file of rows what a run that is resumed from `step` will not write again."""
-    kept = []
-    with open(path, "rb") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # cut off, or damaged
-                row = json.loads(line)
-                if row["step"] < step or row["step"] == step and "eval/accuracy" not in row:
-                    kept.append(row)
-    write_jsonl(path, kept)
+    kept = [row for row in read_rows(out_dir, name) if row["step"] < step
+            or row["step"] == step and "eval/accuracy" not in row]
+    write_jsonl(f"{out_dir}/{name}.jsonl", kept)
 
 
 # ---- checkpoints: step_000010/ is a Hugging Face folder, with the trainer's state beside it ------

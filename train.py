@@ -34,8 +34,7 @@ eval_dataset = None           # likewise; None: the set's own test split, or non
 data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 eval_problems = 128           # problems an evaluation uses at most, the first ones
 system_prompt = None          # str; None: the data set's own ("Please reason step by step, ...")
-few_shot = None               # ((question, answer), ...) as earlier turns; None: the data set's own
-prompt = None                 # row -> chat; None: what the settings above say
+prompt = None                 # row -> chat; None: the one above, the set's examples, the problem
 reward = None                 # (text, row) -> 0 to 1; None: is the last box the answer?
 reward_seconds = 2.0          # that it may take for a response
 out_dir = "out/run"           # metrics.jsonl, samples.jsonl, curves.png, step_*/ go here
@@ -134,16 +133,14 @@ if prompts_per_step % prompts_per_update:
 start = runs.newest_checkpoint(out_dir) if resume else None
 if resume and start is None:
     die(f"resume: no whole checkpoint in {out_dir}; all machines have to see it")
-if start and start[1].get("lora_rank", 0) != lora_rank:
-    die(f"lora_rank: {lora_rank} is not that of the checkpoint to resume from")
 problems = data.load_problems(dataset, "train", data_dir=data_dir)
 if eval_dataset is None and (
         dataset in data.MADE or (dataset, "test") in data.SETS or ".py:" in dataset):
     eval_dataset = dataset
 test_problems = []
 if eval_dataset:
-    whole_set = data.load_problems(eval_dataset, "test", "eval_dataset", data_dir)
-    test_problems = whole_set[:eval_problems]
+    test_problems = data.load_problems(
+        eval_dataset, "test", "eval_dataset", data_dir)[:eval_problems]
 problems = data.drop_evaluated(problems, dataset, data_dir, test_problems)
 judged, from_self = variant == "dagrpo", demos == "self"
 config["anchor_hard_only"] |= from_self
@@ -245,14 +242,6 @@ def ask_old_policy(unit, outs, head, figures):
         batch.old_logp, batch.advantage = of_batch
 
 
-def set_learning_rate(step):
-    """Linear warm-up, then constant, or linear decay to 0."""
-    rest = max(0.0, 1 - (step - 1) / decay_steps) if decay_steps else 1.0
-    lr = learning_rate * rest * min(1.0, step / (warmup_steps + 1))
-    optimizer.param_groups[0]["lr"] = lr
-    return lr
-
-
 def write_row(row, groups, answers):
     """Write and print a step's figures, and what the responses of its first groups came to."""
     row |= metrics.speed_figures(row, vllm_bytes)
@@ -293,8 +282,8 @@ while True:
     due = step == max_steps or bool(eval_every) and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
     if save and step != saved:
-        state = dict(step=step, position=position, lora_rank=lora_rank)
-        runs.save_checkpoint(out_dir, state, policy.model, tokenizer, optimizer, config)
+        runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
+                             tokenizer, optimizer, config)
     if stop:
         print0(f"stopped by signal {stop} after step {step}; checkpoints to --resume from: "
                f"{runs.checkpoints(out_dir)}")
@@ -343,7 +332,8 @@ while True:
     figures.lap("old_policy")
 
     # ---- update
-    lr = set_learning_rate(step)
+    rest = max(0.0, 1 - (step - 1) / decay_steps) if decay_steps else 1.0
+    lr = optimizer.param_groups[0]["lr"] = learning_rate * rest * min(1, step / (warmup_steps + 1))
     for update in updates:
         for unit in update:
             for batch in unit.batches:

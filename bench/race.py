@@ -85,6 +85,14 @@ config = configure(globals())
 ENVIRONMENT = dict(
     OMP_NUM_THREADS=str(len(os.sched_getaffinity(0))), MALLOC_MMAP_MAX_="0",
     MALLOC_TRIM_THRESHOLD_=str(2**40), MALLOC_TOP_PAD_=str(2**28))
+PROMPT = """from data import chat
+
+
+def prompt(row):
+    style = {style!r}
+    head = [dict(role="system", content=style["system_prompt"])]
+    return head + chat(*style["few_shot"], row["problem"])
+"""
 HELD_OUT, FRESH = f"{out_dir}/held_out.jsonl", f"{out_dir}/fresh.jsonl"
 
 
@@ -246,11 +254,10 @@ def figures(folder, seconds, others):
 
 def evaluate(name, ckpt):
     """Greedy accuracy of a model on both files of problems: eval.py's results."""
-    style = STYLES.get(dataset, BOXED)
+    write_whole(f"{out_dir}/prompt.py", PROMPT.format(style=STYLES.get(dataset, BOXED)))
     run(f"evaluate {name}", sys.executable, "eval.py", f"--ckpt={ckpt}",
-        f"--data={HELD_OUT},{FRESH}", f"--system_prompt={style['system_prompt']!r}",
-        f"--few_shot={style['few_shot']!r}", f"--max_response_tokens={max_response_tokens}",
-        f"--out_dir={out_dir}/eval/{name}")
+        f"--data={HELD_OUT},{FRESH}", f"--prompt={out_dir}/prompt.py:prompt",
+        f"--max_response_tokens={max_response_tokens}", f"--out_dir={out_dir}/eval/{name}")
     with open(f"{out_dir}/eval/{name}/results.json", encoding="utf-8") as f:
         found = {r["data"]: r for r in json.load(f)}
     return [found[HELD_OUT], found[FRESH]]

@@ -1,5 +1,5 @@
 # DaGRPO, Qwen2.5-Math-7B on OpenR1-Math-46k-8192, the paper's settings (arXiv 2512.06337):
-#   OPENAI_API_KEY=... torchrun --nproc_per_node=8 train.py config/dagrpo_math.py
+#   JUDGE_API_KEY=... torchrun --nproc_per_node=8 train.py config/dagrpo_math.py
 #   ... --anchors=0                                                     the row "w/o off-policy"
 #   ... --variant=grpo --anchors=0; ... --variant=grpo      GRPO; with anchors, nearest to LUFFY
 # Qwen2.5-Math-7B, its context of 4096 made 16384 (rope_theta 40000), as for LUFFY

@@ -59,10 +59,10 @@ CHOICE = dict(few_shot=(), system_prompt=(
 ARITHMETIC = dict(
     # with a problem 97 tokens: three blocks of 32, which vLLM caches, and one
     system_prompt="Work out the answer, in a box.",
-    few_shot=(("57 + 38", "57 + 38 = 95 \\boxed{95}"), ("64 - 23", "64 - 23 = 41 \\boxed{41}")),
+    few_shot=("57 + 38", "57 + 38 = 95 \\boxed{95}", "64 - 23", "64 - 23 = 41 \\boxed{41}"),
     max_response_tokens=28)
 SUMS = dict(
     ARITHMETIC, max_response_tokens=48,
-    few_shot=(("57 + 38 + 46", "57 + 38 = 95, 95 + 46 = 141 \\boxed{141}"),
-              ("64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}")))
+    few_shot=("57 + 38 + 46", "57 + 38 = 95, 95 + 46 = 141 \\boxed{141}",
+              "64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}"))
 STYLES = {"arithmetic": ARITHMETIC, "addition": ARITHMETIC, "sums": SUMS}

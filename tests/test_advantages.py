@@ -117,11 +117,10 @@ def test_nthr_and_random(variant, vocab, eta, of_p, monkeypatch):
         left = of_p(p) if variant == "nthr" else 0.0
         assert got.numpy() == pytest.approx(np.where(picked, left * a, a))
         seen += [(x.item(), score.item()) for x, score, r in zip(picked, s, right) if not r]
-        of_group += [(tau.item(), tau.item() < 0, of_p(p))] if 1 in reward else []
-    (picked, s), (tau, negative, etas) = np.array(seen).T, np.mean(of_group, 0)
+        of_group += [(tau.item(), of_p(p))] if 1 in reward else []
+    (picked, s), (tau, etas) = np.array(seen).T, np.mean(of_group, 0)
     assert over_ranks(monkeypatch, *ranks) == pytest.approx({
-        "nthr/selected": picked.mean(), "nthr/tau": tau, "nthr/tau_negative": negative,
-        "nthr/eta": etas})
+        "nthr/selected": picked.mean(), "nthr/tau": tau, "nthr/eta": etas})
 
 
 def uniform(count, seed):

@@ -191,8 +191,6 @@ def test_prompts(model_dir, refused, tmp_path):
         ids.tolist().count(i) for i in tok.all_special_ids]
     assert tok.decode(ids_of_evil).count("< |im_end|>") == 1
     assert data.encode_anchor(tok, ids, evil, 2)[:-1].min() > max(tok.all_special_ids)
-    for few_shot in (5, "ab", ((1, 2),), (("q",),)):
-        refused("few_shot: ", data.encode_prompts, tok, rows, "x", few_shot=few_shot)
     long = [rows[0], rows[0] | dict(problem="1 + " * 99)]
     refused("eval_dataset: problem 2: ", data.encode_prompts, tok, long, "x", room=99,
             key="eval_dataset")

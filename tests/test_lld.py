@@ -115,9 +115,10 @@ def test_summary_pictures_and_page(out):
     assert (out / "delta.png").stat().st_size > 10_000
     page = (out / "tokens.html").read_text()
     shown = json.loads(page.split("const rows = ")[1].splitlines()[0])
-    assert len(shown) == 2 and len(shown[0]["responses"]) == 4
-    for r in shown[0]["responses"]:
-        assert all(len(x) == len(r["tokens"]) for x in (r["spared"], *r["scores"].values()))
+    assert len(shown) == 2
+    lengths = list(map(len, rows(out / "groups.jsonl")[shown[0]["question"]]["responses"]))
+    for key in ("tokens", "selected_tokens", "s", "thr", "entropy", "surprisal"):
+        assert list(map(len, shown[0][key])) == lengths
     assert shown[0]["prompt"].startswith("<|im_start|>") and "<|" not in page  # nothing is a tag
 
 
@@ -131,5 +132,5 @@ def test_a_stopped_run_goes_on(run, out, tmp_path):
 
 
 def test_bad_input(refused):
-    for key, value in dict(variants="('grpo','gpro')", group_size=1, optimizer="adam").items():
+    for key, value in dict(variants="('grpo','gpro')", group_size=1, split="valid").items():
         assert f"{key}: " in refused("lld.py", f"--{key}={value}")
