@@ -1,5 +1,9 @@
 """bench/study.py: its intervals, and the whole of it at a tiny size."""
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,23 +22,22 @@ def test_the_difference_is_paired_and_its_interval_is_over_seeds_and_problems():
     assert study.difference(of_seeds, 0 * of_seeds)[1] == pytest.approx(0.5 / 6**0.5, rel=0.05)
 
 
-def test_two_methods_and_two_seeds_stopped_and_taken_up_again(run, tmp_path):
-    """A call makes what is missing; its lines give the tables; a run again is the same run."""
+def test_two_methods_and_two_seeds_killed_and_taken_up_again(run, tmp_path):
+    """The second call makes what is missing; the lines that it leaves give the tables."""
     extra = ("--max_steps=1 --prompts_per_step=4 --prompts_per_update=4 --group_size=8 "
              "--eval_every=0 --eval_problems=4 --learning_rate=1e-4")
     args = ("bench/study.py", "--grounds=pairs", "--problems=12", "--sampled_problems=6",
-            f"--out_dir={tmp_path}/out", f"--results={tmp_path}", f"--extra={extra}")
-    lines = tmp_path / "pairs.jsonl"
-    run(*args, "--methods=grpo,nthr", "--seeds=0")
-    first = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [(row["method"], row["seed"]) for row in first] == [
-        ("before", 0), ("grpo", 0), ("nthr", 0)]
-    lines.write_text("".join(f"{json.dumps(row)}\n" for row in first[:2]))  # nthr is lost
-    printed = run(*args, "--methods=grpo,nthr", "--seeds=0,1").stdout
-    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+            f"--out_dir={tmp_path}/out", f"--results={tmp_path}", f"--extra={extra}",
+            "--methods=grpo,nthr", "--seeds=0,1")
+    with subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:
+        next(line for line in process.stdout if "3 runs left" in line)
+        os.killpg(process.pid, signal.SIGKILL)
+    printed = run(*args).stdout
+    assert printed.count("train.py config/quickstart.py") == 3 and "0 runs left" in printed
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert [(row["method"], row["seed"]) for row in rows] == [
         ("before", 0), ("grpo", 0), ("nthr", 0), ("grpo", 1), ("nthr", 1)]
-    assert rows[:3] == first and "2 runs left" in printed
     for row in rows:
         assert len(row["greedy"]) == 12 and len(row["pass@8"]) == 6
     of = {(row["method"], row["seed"]): row for row in rows}
