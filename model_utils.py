@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -355,6 +355,8 @@ class Policy(torch.nn.Module):
         self.model = model
         self.compute_dtype = compute_dtype  # of matrix products; parameters keep their own
         self.adapters = [layer for layer in model.modules() if hasattr(layer, "set_scale")]
+        for layer in self.adapters:
+            layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in float32
         if compute_dtype == torch.bfloat16 and torch.cuda.is_available():
             for layer in model.base_model.layers:  # a third more tokens a second: docs/GPU.md
                 layer.compile(dynamic=True)
@@ -411,13 +413,13 @@ def check_model(path, config):
 def load_policy(path, compute_dtype, device, activation_checkpointing=False,
                 param_dtype=torch.float32, lora_rank=0, resumed=None):
     """A Hugging Face folder or hub id as a Policy, its parameters of `param_dtype` on `device`.
-    lora_rank: adapters in float32 in all linear layers, the one thing trained; resumed: theirs."""
+    lora_rank: of adapters in float32 on a frozen base in compute_dtype. resumed: a checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=param_dtype, attn_implementation="packed")
+        path, dtype=compute_dtype if lora_rank else param_dtype, attn_implementation="packed")
     if lora_rank:
         # alpha does not grow with the rank: nor does the best learning rate, then
         config = LoraConfig(r=lora_rank, lora_alpha=32, target_modules="all-linear")
-        inject_adapter_in_model(config, model)
+        get_peft_model(model, config)  # in place
         if resumed:
             adapters = torch.load(f"{resumed}/adapters.pt", weights_only=True)
             model.load_state_dict(adapters, strict=False)

@@ -137,10 +137,8 @@ problems = data.load_problems(dataset, "train", data_dir=data_dir)
 if eval_dataset is None and (
         dataset in data.MADE or (dataset, "test") in data.SETS or ".py:" in dataset):
     eval_dataset = dataset
-test_problems = []
-if eval_dataset:
-    test_problems = data.load_problems(
-        eval_dataset, "test", "eval_dataset", data_dir)[:eval_problems]
+test_problems = data.load_problems(eval_dataset, "test", "eval_dataset", data_dir)[
+    :eval_problems] if eval_dataset else []
 problems = data.drop_evaluated(problems, dataset, data_dir, test_problems)
 judged, from_self = variant == "dagrpo", demos == "self"
 config["anchor_hard_only"] |= from_self
@@ -199,13 +197,13 @@ home = "cpu" if parallel == "fsdp" else device
 torch.manual_seed(seed)  # of LoRA's adapters, the same on all ranks
 policy = model_utils.load_policy(
     model if lora_rank else load_from, compute, home, activation_checkpointing,
-    compute if lora_rank else torch.float32, lora_rank, start and start[0])
+    lora_rank=lora_rank, resumed=start and start[0])
 net = model_utils.parallelize(policy, parallel, device).train()
 optimizer = model_utils.make_optimizer(policy, learning_rate, weight_decay)
 if start:
     runs.load_optimizer(start[0], optimizer)
     print0(f"resumed from {start[0]}")
-ref = partial(net, adapted=False) if kl_coef and lora_rank else None
+ref = partial(net, adapted=False) if kl_coef else None
 if kl_coef and not lora_rank:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
     ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref

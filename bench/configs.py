@@ -78,7 +78,7 @@ def load(name):
 
 
 def update_memory(config, params, ranks=1, parallel="ddp", compute_bytes=2, tokens=8192,
-                  activation_checkpointing=False, head_chunk=1024):
+                  activation_checkpointing=False, lora_rank=0, head_chunk=1024):
     """What an update takes of one GPU beside weights, moments and reference, GiB by part.
     tokens: packed tokens of a micro-batch; CUDA's context and fragments come on top."""
     layers, d = config.num_hidden_layers, config.hidden_size
@@ -91,33 +91,35 @@ def update_memory(config, params, ranks=1, parallel="ddp", compute_bytes=2, toke
     # bytes a token that one layer keeps: two norms (input and result), casts for q, k, v, gate and
     # up, three forms of q and k, v and the gathered keys and values, attention's result, four of
     # the MLP. Autocast keeps the residual stream's type
-    stream = compute_bytes if is_sharded else 4
+    stream = compute_bytes if is_sharded or lora_rank else 4
     casts = 5 * d if compute_bytes != stream else 0
     products = casts + head_dim * (4 * heads + 6 * kv_heads) + 4 * config.intermediate_size
     layer = 4 * d * stream + products * compute_bytes
     kept = layers * d * stream + layer if activation_checkpointing else layers * layer
-    copies = params * compute_bytes if compute_bytes != 4 else 0
+    copies = params * compute_bytes if compute_bytes != 4 and not lora_rank else 0
+    gradient = 0 if lora_rank else 4  # bytes; an adapter's is small
     if is_sharded:  # whole, for a time: the root and two layers
-        copies = (root + 2 * (params - root) / layers) * (compute_bytes + 4)
+        copies = (root + 2 * (params - root) / layers) * (compute_bytes + gradient)
+    of_head = 0 if lora_rank else head * (4 + 3 * compute_bytes)
     out = {
-        "gradients": 4 * params / (ranks if is_sharded else 1),
+        "gradients": gradient * params / (ranks if is_sharded else 1),
         "copies": copies,
         "activations": tokens * kept,
-        "head": 2 * head_chunk * config.vocab_size * 4 + head * (4 + 3 * compute_bytes),
+        "head": 2 * head_chunk * config.vocab_size * 4 + of_head,
     }
     return {part: x / 2**30 for part, x in out.items()}
 
 
-def fits(settings, ranks, model, params):
+def fits(settings, ranks, model, params, lora_rank=0):
     """({"held": GiB while vLLM samples, "peak": in an update}, {card: GiB left for vLLM's keys,
     values and activations, or None}). None: an update does not fit, or not one group at its
     longest."""
     parallel = settings["parallel"]
-    parts = held_memory(model, ranks, parallel, 2, settings["kl_coef"] > 0)
+    parts = held_memory(model, ranks, parallel, 2, settings["kl_coef"] > 0, lora_rank)
     shards = ranks if parallel == "fsdp" else 1
-    assert round(parts["weights"] * 2**30 / 4 * shards) == params
+    assert lora_rank or round(parts["weights"] * 2**30 / 4 * shards) == params
     update = update_memory(model, params, ranks, parallel, 2, settings["tokens_per_micro_batch"],
-                           settings["activation_checkpointing"])
+                           settings["activation_checkpointing"], lora_rank)
     stays = sum(parts[part] for part in ("weights", "moments", "reference"))
     memory = {"held": sum(parts.values()), "peak": stays + sum(update.values())}
     kv_width = model.num_key_value_heads * model.hidden_size // model.num_attention_heads
@@ -132,25 +134,28 @@ def fits(settings, ranks, model, params):
     return memory, cards
 
 
-def check():
+def check(lora_rank=0):
     """[(file, differences from the paper, memory, cards, GPUs)] of the papers' runs: see fits."""
     rows = []
     for name, (ranks, model, paper) in PAPER.items():
         settings = load(name)
         wrong = {k: (settings[k], v) for k, v in paper.items() if settings[k] != v}
-        rows.append((name, wrong, *fits(settings, ranks, *model), ranks))
+        rows.append((name, wrong, *fits(settings, ranks, *model, lora_rank), ranks))
     return rows
 
 
 if __name__ == "__main__":
-    head = ["config", "GPUs", "trainer between updates, in one", *CARDS]
-    print(f"| {' | '.join(head)} |")
-    print("|---" * len(head) + "|")
-    rows = check()
-    for name, wrong, memory, cards, ranks in rows:
-        cells = ["no" if left is None else f"yes, {left:.0f}" for left in cards.values()]
-        print(f"| `{name}.py` | {ranks} | {memory['held']:.1f}, {memory['peak']:.1f} | "
-              f"{' | '.join(cells)} |")
+    for lora_rank in (0, 16):
+        head = [f"with --lora_rank={lora_rank}" if lora_rank else "config", "GPUs",
+                "trainer between updates, in one", *CARDS]
+        print(f"\n| {' | '.join(head)} |")
+        print("|---" * len(head) + "|")
+        rows = check(lora_rank)
+        for name, wrong, memory, cards, ranks in rows:
+            cells = ["no" if left is None else f"yes, {left:.0f}" for left in cards.values()]
+            print(f"| `{name}.py` | {ranks} | {memory['held']:.1f}, {memory['peak']:.1f} | "
+                  f"{' | '.join(cells)} |")
+    for name, wrong, *_ in rows:
         for key, (ours, paper) in wrong.items():
             print(f"error: config/{name}.py: {key} is {ours!r}, in the paper {paper!r}",
                   file=sys.stderr)

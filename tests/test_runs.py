@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from configs import update_memory
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from test_model_utils import make_group
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
@@ -209,23 +210,33 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
     assert "which runs?" in refused("plot.py")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, lora_rank", [
+    (torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 8)])
+def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, lora_rank,
+                                                              monkeypatch):
     for config in (AutoConfig.from_pretrained(model_dir, num_hidden_layers=4), Qwen2Config(
             hidden_size=384, intermediate_size=2048, num_attention_heads=6, num_hidden_layers=4,
             num_key_value_heads=2, vocab_size=999, tie_word_embeddings=True)):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").float()
+        params = sum(p.numel() for p in model.parameters())
+        if lora_rank:
+            lora = LoraConfig(r=lora_rank, target_modules="all-linear")
+            get_peft_model(model.to(dtype), lora)
         kept = {}, {}  # addresses: tensors; the weights are in both
         for n, found in zip((300, 600), kept):
             with torch.autograd.graph.saved_tensors_hooks(
                     lambda x: found.update({x.untyped_storage().data_ptr(): x}), lambda x: x):
                 Policy(model, dtype)(pack([make_group([3], [np.arange(n) % 99])]), 1.0)
         less, more = (sum(x.untyped_storage().nbytes() for x in y.values()) for y in kept)
-        params = sum(p.numel() for p in model.parameters())
-        got = update_memory(config, params, compute_bytes=dtype.itemsize, tokens=2**20)
+        got = update_memory(config, params, compute_bytes=dtype.itemsize, tokens=2**20,
+                            lora_rank=lora_rank)
         assert got["activations"] * 2**10 == pytest.approx((more - less) / 300, rel=0.15)
-        held = memory.held_memory(config, 2, "ddp", dtype.itemsize)
-        assert sum(held.values()) * 2**30 == 16 * params  # weights, two moments, buckets
+        held = memory.held_memory(config, 2, "ddp", dtype.itemsize, lora_rank > 0, lora_rank)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.dtype == torch.float32 for p in trained)
+        frozen = params if lora_rank else 0
+        assert sum(held.values()) * 2**30 == pytest.approx(  # weights, two moments, buckets
+            16 * sum(p.numel() for p in trained) + frozen * dtype.itemsize)
     card = SimpleNamespace(total_memory=23 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert memory.vllm_share(0, dict(weights=4, moments=6)) == 10 / 23
