@@ -7,6 +7,7 @@ import os
 import random
 import re
 from functools import lru_cache, partial
+from itertools import compress
 
 import numpy as np
 import torch.distributed as dist
@@ -83,7 +84,7 @@ def load_problems(name, split, key="dataset", data_dir="data"):
         return MADE[name](split)
     if ".py:" in name:
         rows = load_function(name, key)(split)
-        return _read_problems(name, key, lines=[json.dumps(row).encode() for row in rows])
+        return _read_problems(name, key, lines=map(json.dumps, rows))
     file = SETS.get((name, split))
     path = f"{data_dir}/{file}.jsonl" if file else name
     if os.path.isfile(path):
@@ -102,7 +103,7 @@ def _read_problems(path, key, second="answer", lines=None):
             continue
         where = f"{key}: {path}, line {number}"
         try:
-            row = dict(json.loads(line.decode("utf-8-sig")))
+            row = dict(json.loads(line))
         except (TypeError, ValueError, RecursionError) as e:
             die(f"{where}: not a JSON object in UTF-8 ({e})")
         if type(row.get("answer")) in (int, float):
@@ -120,9 +121,10 @@ def _read_problems(path, key, second="answer", lines=None):
 def drop_evaluated(problems, dataset, data_dir, evaluated):
     """Problems in neither `evaluated` nor a test set of data_dir; ends the program without any."""
     rows = list(evaluated)
-    for file in (file for (_, split), file in SETS.items() if split == "test"):
+    for (_, split), file in SETS.items():
         path = f"{data_dir}/{file}.jsonl"
-        rows += _read_problems(path, "data_dir") if os.path.isfile(path) else []
+        if split == "test" and os.path.isfile(path):
+            rows += _read_problems(path, "data_dir")
     seen = set(map(_text, rows))
     kept = [row for row in problems if _text(row) not in seen]
     if len(kept) < len(problems):
@@ -156,16 +158,22 @@ def load_demos(problems, dataset, path=None):
     of_problem = {}
     for row in _read_problems(path, "demos", "solution") if path else problems:
         if isinstance(row.get("solution"), str):
-            of_problem.setdefault(_text(row), []).append(row["solution"])
-    demos = [[*dict.fromkeys(of_problem.get(_text(row), ()))] for row in problems]
+            of_problem.setdefault(_text(row), {})[row["solution"]] = None
+    demos = [[*of_problem.get(_text(row), ())] for row in problems]
     return demos if any(demos) else die(f"demos: no problem of {dataset} has a solution")
+
+
+def of_ranks(value):
+    """The values of all ranks, which call together, a list."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def share_out(function, items):
     """List of function(items), as many results, dealt over the ranks, which call together."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    shares = [None] * world
-    dist.all_gather_object(shares, list(function(items[rank::world])))
+    shares = of_ranks(list(function(items[rank::world])))
     return [shares[i % world][i // world] for i in range(len(items))]
 
 
@@ -195,7 +203,7 @@ def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end, 
 def right_answers(groups, step, most):
     """Rows of a step's right rollouts, `most` of a group: those that demos="self" remembers."""
     return [{"problem": g.row["problem"], "solution": text, "step": step} for g in groups
-            for text in [t for t, is_right in zip(g.texts, g.right) if is_right][:most]]
+            for text in [*compress(g.texts, g.right)][:most]]
 
 
 def remember(anchor_texts, rows, most):
@@ -241,14 +249,13 @@ def with_anchors(group, texts, ids, most):
     """The group with demonstrations (texts, and their token ids) as its last responses, correct and
     not sampled, in place of the rollouts that would make it larger than `most`."""
     k = len(texts)
-    added = dict(
-        responses=ids, rollout_logp=[np.zeros(len(x), np.float32) for x in ids], texts=texts,
-        truncated=[False] * k, reward=[1] * k, is_anchor=[True] * k, score=[np.nan] * k)
-    for field, values in added.items():
-        old = getattr(group, field)
-        new = [*old[:most - k], *values]
-        added[field] = new if isinstance(old, list) else np.array(new, old.dtype)
-    return dataclasses.replace(group, **added, weight=None)
+    added = Group(group.row, group.prompt, ids, [np.zeros_like(x, np.float32) for x in ids], texts,
+                  np.ones(k, np.float32), is_anchor=np.full(k, True))
+    both = {}
+    for name in PER_RESPONSE:
+        old, new = getattr(group, name)[:most - k], getattr(added, name)
+        both[name] = old + new if isinstance(old, list) else np.concatenate([old, new])
+    return dataclasses.replace(group, **both)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -270,9 +277,7 @@ def apart(tokenizer):
 def encode_chats(tokenizer, chats):
     """Token ids of chats, lists of {"role", "content"}, up to the answer that is asked for."""
     chats = [[dict(turn, content=apart(tokenizer)(turn["content"])) for turn in x] for x in chats]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    # a chat template writes its own begin-of-sequence token
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
 def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None, room=math.inf,

@@ -22,7 +22,7 @@ import numpy as np
 import torch.distributed as dist
 
 from configurator import check, configure, die, is_rank0, load_function, print0, settings_for
-from data import STYLES, encode_prompts, load_problems, load_tokenizer
+from data import STYLES, encode_prompts, load_problems, load_tokenizer, of_ranks
 from model_utils import setup_distributed
 from runs import check_checkpoint, check_folder, free_name, write_json, write_jsonl, write_whole
 
@@ -57,11 +57,11 @@ def pass_at_k(correct, k):
     return 1.0 - math.comb(correct.count(0), k) / math.comb(len(correct), k)
 
 
-def bootstrap(sets, seed=0, draws=10_000):
+def bootstrap(sets, seed=0):
     """[mean, low, high] over sets of their means, with its 95% interval, problems drawn anew. sets:
     for each the values of its problems (P,)."""
     rng = np.random.default_rng(seed)
-    means = [[rng.choice(values, len(values)).mean() for _ in range(draws)]
+    means = [[rng.choice(values, len(values)).mean() for _ in range(10_000)]
              for values in map(np.array, sets)]
     interval = np.quantile(np.mean(means, 0), (0.025, 0.975))
     return [float(np.mean([np.mean(values) for values in sets])), *interval.tolist()]
@@ -115,7 +115,8 @@ def find_models(ckpt):
             if (folder / "trainer_state.json").exists():
                 check_checkpoint(folder, unread=["optimizer.pt"])
             weights = {file.name: file.stat().st_mtime for file in folder.glob("*.safetensors")}
-            models |= {str(folder): weights} if weights else {}
+            if weights:
+                models[str(folder)] = weights
         except Exception as e:  # whatever is wrong with it
             print0(f"note: {folder} is damaged: {e}; left out")
     return models or die(f"ckpt: {ckpt} is neither a whole model nor a run with whole checkpoints")
@@ -137,8 +138,8 @@ def plan(model, tokenizer, room, given):
             die(f"n: {how['n']} greedy responses are all the same; give a temperature")
         problems = load_problems(name, "test", "data", how.get("data_dir") or "data")
         problems = problems[: how.get("max_problems")]
-        of_prompts = settings_for(encode_prompts, how) | {"room": room - 1, "key": f"data {name}"}
-        prompts = encode_prompts(tokenizer, problems, **of_prompts)
+        prompts = encode_prompts(tokenizer, problems, room=room - 1, key=f"data {name}",
+                                 **settings_for(encode_prompts, how))
         longest = max(map(len, prompts))
         context = min(room, longest + how["max_response_tokens"])
         how["max_response_tokens"] = context - longest
@@ -157,15 +158,14 @@ def plan(model, tokenizer, room, given):
 def kept_rows(path, settings):
     """The rows of a file, on all ranks, after the first, the settings that they belong to; None if
     there is no such file. A file of other settings, or a damaged one, is renamed."""
-    found = [None]
+    kept = None
     if is_rank0() and os.path.exists(path):
         with contextlib.suppress(ValueError, RecursionError):
-            first, *rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-            found = [rows if first == settings else None]
-        if found == [None]:
+            first, *rows = map(json.loads, Path(path).read_text().splitlines())
+            kept = rows if first == settings else None
+        if kept is None:
             os.rename(path, free_name(f"{path}.old_"))
-    dist.broadcast_object_list(found)
-    return found[0]
+    return of_ranks(kept)[0]
 
 
 def table(rows):
@@ -232,7 +232,7 @@ if __name__ == "__main__":
     context = max(settings["context"] for settings, *_ in jobs)
     inside, results = None, []  # inside: whose weights the engine has
     for settings, *questions in jobs:
-        folder, sampling = settings["ckpt"], settings_for(generate_all_ranks, settings)
+        folder = settings["ckpt"]
         stem = f"{Path(settings['data']).stem}_n{settings['n']}_t{settings['temperature']:g}"
         path = f"{home}/{settings['model']}/{stem}.jsonl"
         rows = kept_rows(path, settings)
@@ -242,7 +242,8 @@ if __name__ == "__main__":
             elif folder != inside:
                 load_weights(engine, folder)
             inside = folder
-            groups = generate_all_ranks(engine, *questions, **sampling)
+            groups = generate_all_ranks(
+                engine, *questions, **settings_for(generate_all_ranks, settings))
             rows = [g.row | {"response": g.texts, "length": g.lengths, "reward": g.reward.tolist(),
                              "correct": g.correct.tolist(),
                              "truncated": g.truncated.tolist()} for g in groups]

@@ -133,9 +133,9 @@ def work():
     rules = NormalizationConfig(malformed_operators=True)  # not units: the h of \pi r^2 h
     config = [LatexExtractionConfig(normalization_config=rules)]
 
-    def same(gold, pred):
+    def same(*pair):
         resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # bytes
-        gold, pred = (parse(f"${x}$", config, parsing_timeout=None) for x in (gold, pred))
+        gold, pred = (parse(f"${x}$", config, parsing_timeout=None) for x in pair)
         return verify(gold, pred, timeout_seconds=None, allow_set_relation_comp=True)
     load, out = cache(load_function), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints, it is no verdict
@@ -190,7 +190,7 @@ def grade_all(items, reward=None, reward_seconds=2.0):
             print(f"reward: {count} of {len(items)} responses are worth 0: {why}", flush=True)
         return [0.0 if isinstance(x, str) else x for x in replies]
     verdicts = [quick(text, problem) for text, problem in items]
-    pairs = list({x: None for x in verdicts if isinstance(x, tuple)})
+    pairs = {x for x in verdicts if isinstance(x, tuple)}
     replies = _pool.map(_ask, [(SECONDS, None, *pair) for pair in pairs])
     answers = {pair: reply == 1 for pair, reply in zip(pairs, replies)}
     return [answers.get(x, x) for x in verdicts]

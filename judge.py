@@ -188,10 +188,10 @@ def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, ca
         ask = partial(_asked_scores, judge, judge_model, cache, out_dir, on_full_disk)
         scores = share_out(ask, shown)
     for g, own in zip(shown, scores):
-        g.score = np.array(list(own), np.float32)
+        g.score = np.fromiter(own, np.float32)
         if judge_noise:
             g.score += [rng.normal(0, judge_noise) for rng in draws(g, seed)]
-            g.score.clip(1, 10, out=g.score)
+            g.score = g.score.clip(1, 10)
     failed = sum(bool(np.isnan(g.score).any()) for g in shown)
     return {"judge/asked": sum(len(set(g.texts)) for g in shown), "judge/groups_failed": failed,
             "judge/without_demo": len(groups) - len(shown)}

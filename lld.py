@@ -19,6 +19,7 @@ from pathlib import Path
 from rollout import build_engine, sample_batch, sleep_engine  # before torch
 
 import numpy as np
+import pandas as pd
 import seaborn
 import torch
 import torch.distributed as dist
@@ -50,7 +51,8 @@ max_response_tokens = 512     # a response cut off here is incorrect
 oversample = 3.0              # questions in work at once / questions missing
 max_rounds = 8                # questions sampled at most / questions; then those there are
 # the update; a change of one of these measures anew
-variants = tuple(v for v in VARIANTS if v != "dagrpo")  # which needs a judge's scores
+_measured = [v for v in VARIANTS if v != "dagrpo"]  # which needs a judge's scores
+variants = tuple(_measured)
 nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct response; -inf: all
 nthr_eta = 0.0                # share of a selected token's advantage that is left
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
@@ -70,7 +72,7 @@ config = configure(globals())
 
 check(
     config, advantages.CHOICES | losses.CHOICES | dict(
-        variants=[v for v in VARIANTS if v != "dagrpo"], split=("train", "test")),
+        variants=_measured, split=("train", "test")),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
      ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
@@ -128,16 +130,14 @@ def ask(batches):
     return [torch.cat(x) for x in zip(*outs)]
 
 
-def one_update(variant, group, old, batches):
+def one_update(variant, group, old, unit):
     """What one update does to the log-likelihood of every response, (G,); theta is put back."""
     optim = model_utils.make_optimizer(policy, learning_rate)
-    advantage = advantages.token_advantages(variant, group, old, **of_variant)
-    sizes = [len(batch.targets) for batch in batches]
-    for batch, *of_batch in zip(batches, old.logp.split(sizes), advantage.split(sizes)):
-        batch.old_logp, batch.advantage = of_batch
+    unit.set_old(old.logp, advantages.token_advantages(variant, group, old, **of_variant))
+    for batch in unit.batches:
         losses.policy_loss(policy(batch, temperature)[0], batch).backward()
     model_utils.optimizer_step(policy, optim, grad_clip)
-    logp, *_ = ask(batches)
+    logp, *_ = ask(unit.batches)
     policy.load_state_dict(theta)
     change = (logp - old.logp).double()
     return np.array([x.sum().item() for x in change.split(group.lengths)])
@@ -156,7 +156,7 @@ def measure(index):
     right = group.correct  # (G,)
     row = {"question": index, "problem": row["problem"], "p": right.mean()}
     for variant in variants:
-        change = one_update(variant, group, old, unit.batches)
+        change = one_update(variant, group, old, unit)
         row[f"delta_{variant}"] = change[right].mean()
         row[f"incorrect_{variant}"] = change[~right].mean()
 
@@ -177,15 +177,14 @@ def measure(index):
 
 
 for first in trange(len(done), len(groups), world_size, desc="lld", disable=not is_rank0()):
-    some = range(first, min(first + world_size, len(groups)))  # a question for each rank
+    some = range(len(groups))[first:first + world_size]  # a question for each rank
     done += share_out(lambda share: map(measure, share), some)
     if is_rank0():
         write_jsonl(f"{out_dir}/questions.jsonl", [of_questions, *done])
 
 # ---- summary and pictures ------------------------------------------------------------------------
 
-columns = {key: np.array([row[key] for row in done])
-           for key, x in done[0].items() if isinstance(x, float)}
+columns = pd.DataFrame(done).select_dtypes(float)
 
 
 def summarize():
@@ -200,12 +199,11 @@ def summarize():
             gain = columns[f"delta_{better}"] - columns[f"delta_{worse}"]
             figures[f"{better} > {worse}, share"] = gain > 0
             figures[f"{better} > {worse}, mean difference"] = gain
-    smallest = columns["delta_grpo"].argsort(stable=True)
-    largest = (-columns["gwhes"]).argsort(stable=True)
     for k in (10, 15):
         if k <= len(done):
             name = f"{k} of {len(done)} of smallest delta_grpo, share among largest gwhes"
-            figures[name] = np.isin(smallest[:k], largest[:k])
+            smallest = columns["delta_grpo"].nsmallest(k).index
+            figures[name] = smallest.isin(columns["gwhes"].nlargest(k).index)
     return {name: bootstrap([x], seed) for name, x in figures.items()}
 
 
@@ -229,10 +227,9 @@ def picture():
 def page():
     """lld.html with the questions of smallest Delta, to be coloured by token (Fig. 3)."""
     rows = []
-    for row in sorted(done, key=lambda row: row["delta_grpo"])[:8]:
-        group = groups[row["question"]]
-        tokens = [tokenizer.batch_decode([*zip(ids)]) for ids in group["responses"]]
-        rows.append(row | {"prompt": tokenizer.decode(group["prompt"]), "tokens": tokens})
+    for i in columns["delta_grpo"].nsmallest(8).index:
+        tokens = [tokenizer.batch_decode([*zip(ids)]) for ids in groups[i]["responses"]]
+        rows.append(done[i] | {"prompt": tokenizer.decode(groups[i]["prompt"]), "tokens": tokens})
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return page.replace("ROWS", json.dumps(rows).replace("<", "\\u003c"), 1)  # no tag in a text
 

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 from configurator import die, print0
 
 
-def held_memory(config, ranks=1, parallel="ddp", compute_bytes=2, reference=False, lora_rank=0):
+def held_memory(config, ranks, parallel, compute_bytes, reference, lora_rank):
     """What training holds of one GPU while vLLM samples, GiB by part, from a Hugging Face config.
     reference: with a KL term. What an update takes beside it: bench/configs.py."""
     with torch.device("meta"):

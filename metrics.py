@@ -7,9 +7,8 @@ from functools import partialmethod
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 
-from data import accuracy
+from data import accuracy, of_ranks
 
 
 class Figures:
@@ -46,8 +45,7 @@ class Figures:
     def all_ranks(self):
         """{key: float} over all ranks, which call together; the mean of nothing is nan."""
         mine = {name: torch.stack(noted).cpu() for name, noted in self.noted.items()}
-        seen, out = [None] * dist.get_world_size(), {}
-        dist.all_gather_object(seen, mine)
+        seen, out = of_ranks(mine), {}
         for key, kind in dict.fromkeys(name for of_rank in seen for name in of_rank):
             noted = torch.cat([of_rank[key, kind] for of_rank in seen if (key, kind) in of_rank])
             total, count, _ = noted.sum(0)
@@ -103,8 +101,7 @@ def sample(g):
     """What samples.jsonl shows of a group's responses."""
     return {"problem": g.row["problem"], "answer": g.row["answer"], "responses": g.texts,
             "reward": g.reward.tolist(), "truncated": g.truncated.tolist(),
-            "is_anchor": g.is_anchor.tolist(),
-            "score": np.where(np.isnan(g.score), None, g.score).tolist()}
+            "is_anchor": g.is_anchor.tolist(), "score": g.score.tolist()}
 
 
 def speed_figures(row, vllm_bytes):

@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from configurator import die
-from data import Group
+from data import Group, of_ranks
 
 
 def setup_distributed():
@@ -96,6 +96,12 @@ class Unit:
     batches: list  # of MicroBatch, their tokens in the order of the groups'
     early: bool = False  # the old policy is asked in a pass of its own, before the weights move
 
+    def set_old(self, logp, advantage):
+        """Deal both (n,), of all tokens of the unit, out to its micro-batches."""
+        sizes = [len(batch.targets) for batch in self.batches]
+        for batch, *of_batch in zip(self.batches, logp.split(sizes), advantage.split(sizes)):
+            batch.old_logp, batch.advantage = of_batch
+
 
 def pack_units(groups, tokens_per_micro_batch, device="cpu"):
     """Groups as packed units, in their order: a list of Unit.
@@ -137,9 +143,7 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     share = deal(groups, dist.get_world_size())[dist.get_rank()]
     units = pack_units(share, tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, passes)
-    most = np.max([(0, 1), *seen], axis=0)
+    most = np.max([(0, 1), *of_ranks(passes)], axis=0)
     for early, missing in zip((True, False), most - passes):
         units += [Unit([], [pack([NOTHING]).to(device)], early) for _ in range(missing)]
     for unit in units:

@@ -2,7 +2,6 @@
 
     python plot.py out/a out/b ...     runs that differ in their seed alone become one curve: mean,
                                        and a band from the lowest to the highest seed; runs.png"""
-import json
 import os
 import sys
 
@@ -11,7 +10,7 @@ import seaborn
 from matplotlib.figure import Figure
 
 from configurator import die
-from runs import read_rows
+from runs import read_json, read_rows
 
 # The panels: title, and the keys of metrics.jsonl that it shows; of several runs the first alone.
 PANELS = """\
@@ -26,7 +25,7 @@ log-likelihood a token; share under 1%: anchor/logp anchor/logp_right anchor/unl
 seconds: time/step time/rollout time/judge time/old_policy time/update time/sync"""
 
 
-def subplots(rows=1):
+def subplots(rows):
     """(figure, its axes (rows, 1), one below the other)."""
     fig = Figure((9, 1.5 + 3 * rows), layout="constrained")  # width and height, inches
     return fig, fig.subplots(rows, squeeze=False)
@@ -43,8 +42,7 @@ def read_runs(folders):
     configs, runs = [], []
     for folder in folders:
         try:
-            with open(f"{folder}/run_config.json") as f:
-                configs.append(json.load(f))
+            configs.append(read_json(f"{folder}/run_config.json"))
             runs.append(read_rows(folder) or die(f"{folder}: a run without a row"))
         except (OSError, ValueError) as e:
             die(f"{folder}: not a run with run_config.json and metrics.jsonl: {e}")
@@ -65,10 +63,9 @@ def plot_runs(seeds, path):
         for key in keys.split()[:1 if several else None]:
             for name, runs in seeds.items():
                 curve = f"{name}\n{len(runs)} seeds".strip() if several else key
-                points += [(title, curve, row["step"], row[key]) for row in sum(runs, [])
-                           if row.get(key) is not None]
-    points = pd.DataFrame(points, columns=["panel", "curve", "step", "value"])
-    order = [*points["curve"].unique()] if several else None  # one colour in all panels
+                points += [(title, curve, row["step"], row.get(key)) for row in sum(runs, [])]
+    points = pd.DataFrame(points, columns=["panel", "curve", "step", "value"]).dropna()
+    order = points["curve"].unique() if several else None  # one colour in all panels
     panels = [*points.groupby("panel", sort=False)]
     fig, axes = subplots(len(panels))
     for ax, (title, panel) in zip(axes.flat, panels):

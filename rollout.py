@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from configurator import die, is_rank0
-from data import Group, choose_anchors, data_index, encode_anchor, mixed, with_anchors
+from data import Group, choose_anchors, data_index, encode_anchor, mixed, of_ranks, with_anchors
 from grader import grade_all
 from model_utils import plain_weights
 
@@ -189,8 +189,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     bar.close()
     seen = int(accepted[-1]) + 1 if len(accepted) == prompts_per_step else closed
     core.abort_request([name for i, name in requests.items() if i >= seen], internal=True)
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, {i: g for i, g in graded.items() if i < seen})
+    shares = of_ranks({i: g for i, g in graded.items() if i < seen})
     sampled = [shares[owner[i] * tp][i] for i in range(seen)]
     return [sampled[i] for i in accepted], sampled, position + seen, len(owner) - seen
 

@@ -6,7 +6,6 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -43,6 +42,11 @@ def write_json(path, value):
     write_whole(path, json.dumps(value, indent=1))
 
 
+def read_json(path):
+    """The value in a JSON file."""
+    return json.loads(Path(path).read_text())
+
+
 def write_jsonl(path, rows):
     """Write rows as JSON Lines, whole or not at all."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +66,7 @@ def or_say_so(out_dir, what, on_full_disk):
 
 def check_space(out_dir, model):
     """Raise OSError if there is no room for a checkpoint, weights and two moments."""
-    need = 3 * sum(p.numel() * p.itemsize for p in model.parameters())
+    need = 3 * sum(p.nbytes for p in model.parameters())
     if shutil.disk_usage(out_dir).free < need:
         raise OSError(f"it takes {need / 2**30:.2f} GiB")
 
@@ -76,8 +80,7 @@ def log(out_dir, **files):
     """Append rows to files: metrics=[...] are those of metrics.jsonl, whole or not at all. Rank 0.
     JSON has no nan and no infinities: they become null."""
     for name in filter(files.get, files):  # those with rows
-        rows = [{key: None if isinstance(x, float) and not math.isfinite(x) else x
-                 for key, x in r.items()} for r in files[name]]
+        rows = json.loads(json.dumps(files[name]), parse_constant=lambda _: None)
         text = "".join(json.dumps(r) + "\n" for r in rows).encode()
         with open(f"{out_dir}/{name}.jsonl", "ab", buffering=0) as f:
             end = f.tell()
@@ -141,8 +144,7 @@ def open_run(out_dir, config, start=None):
     start: the checkpoint that is resumed, (folder, state): settings that differ are printed, rows
     that will come again leave metrics.jsonl and samples.jsonl. None: all of an earlier run goes."""
     if start:
-        with open(f"{start[0]}/run_config.json") as f:
-            before = json.load(f)
+        before = read_json(f"{start[0]}/run_config.json")
         for key, value in json.loads(json.dumps(config)).items():
             if before.get(key) != value and key != "resume":
                 print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
@@ -228,12 +230,11 @@ def load_optimizer(path, optimizer):
     """Restore the optimizer state of a checkpoint, sharded like the parameters if they are."""
     saved = torch.load(f"{path}/optimizer.pt", weights_only=True, mmap=True)
     state = optimizer.state_dict()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, moments in saved.items():
-        p = params[i]
+        p = optimizer.param_groups[0]["params"][i]
         if isinstance(p, DTensor):
             moments = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
-                       if v.shape == p.shape and v.dim() else v for k, v in moments.items()}
+                       if v.shape == p.shape else v for k, v in moments.items()}
         state["state"][i] = moments
     optimizer.load_state_dict(state)
 
@@ -246,8 +247,7 @@ def checksum(path):
 
 def check_checkpoint(path, unread=()):
     """A checkpoint's state; raises if one of its files, but those unread, is not as written."""
-    with open(f"{path}/trainer_state.json") as f:
-        state = json.load(f)
+    state = read_json(f"{path}/trainer_state.json")
     for name, written in state["files"].items():
         if name not in unread and checksum(f"{path}/{name}") != written:
             raise ValueError(f"{name} is damaged")

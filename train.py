@@ -162,8 +162,8 @@ device = model_utils.setup_distributed()
 on_cuda = device.type == "cuda"
 world_size = dist.get_world_size()
 step, position = (start[1]["step"], start[1]["position"]) if start else (0, 0)
-seen = [None] * world_size  # a machine may lack a set of the hub, or have an older checkpoint
-dist.all_gather_object(seen, (len(problems), step))
+# a machine may lack a set of the hub, or have an older checkpoint
+seen = data.of_ranks((len(problems), step))
 if len(set(seen)) > 1:
     die(f"dataset, resume: the ranks have different numbers of problems, or steps: {seen}")
 end = data.end_token(tokenizer, model)
@@ -235,9 +235,7 @@ def ask_old_policy(unit, outs, head, figures):
         old = Old(*of_group, head, temperature)
         metrics.note_anchors(figures, group, old)
         advantage.append(token_advantages(group=group, old=old, figures=figures, **of_variant))
-    sizes = [len(batch.targets) for batch in unit.batches]
-    for batch, *of_batch in zip(unit.batches, logp.split(sizes), torch.cat(advantage).split(sizes)):
-        batch.old_logp, batch.advantage = of_batch
+    unit.set_old(logp, torch.cat(advantage))
 
 
 def write_row(row, groups, answers):

@@ -54,7 +54,7 @@ MADE = {"arithmetic": arithmetic, "addition": addition, "sums": sums}
 
 BOXED = dict(few_shot=(), system_prompt=(
     "Please reason step by step, and put your final answer within \\boxed{}."))
-CHOICE = dict(few_shot=(), system_prompt=(
+CHOICE = dict(BOXED, system_prompt=(
     "Please reason step by step, and put the letter of your choice within \\boxed{}."))
 ARITHMETIC = dict(
     # with a problem 97 tokens: three blocks of 32, which vLLM caches, and one
