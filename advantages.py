@@ -106,7 +106,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
         thr = torch.where(wrong, -s, s)
         kept = thr.abs() > threshold(s, group, nthr_beta)
         A = A * kept * (1 + thr_p * thr.sign())
-        if figures is not None:
+        if figures:
             figures.mean("thr/kept", kept)
             figures.mean("thr/positive", thr > 0, where=kept)
     elif variant in SCORED:
@@ -119,7 +119,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
         p = group.correct.mean()
         eta = ETAS[nthr_eta](p) if nthr_eta in ETAS else nthr_eta
         A = torch.where(selected, (0.0 if variant == "random" else eta) * A, A)
-        if figures is not None:
+        if figures:
             figures.mean("nthr/selected", selected, where=wrong)
             if correct.any():
                 figures.mean("nthr/tau", tau)
@@ -166,17 +166,17 @@ def influence(old, tokens, source, vocab="response", chunk=2048):
     return s
 
 
-def threshold(s, group, beta=1.0):
+def threshold(s, group, beta):
     """tau = beta x the lowest mean of s of a correct response, ().
     [NTHR] eq. 9. The sum in s is over all correct responses, the response itself included, as in
     the formulas. tau may be negative; -inf for beta=-inf; inf without a correct response."""
     means = [x.mean() for x, correct in zip(s.split(group.lengths), group.correct) if correct]
     if not means or beta == -np.inf:
-        return s.new_full((), -torch.inf if means else torch.inf)
+        return s.new_full((), beta if means else torch.inf)
     return beta * torch.stack(means).min()
 
 
-def nthr_select(s, group, beta=1.0):
+def nthr_select(s, group, beta):
     """(selected (n,), tau ()): tokens of incorrect responses with s (n,) > tau, see `threshold`.
     [NTHR] eq. 8, Algorithm 1. beta=-inf selects every incorrect token."""
     wrong = to_device(np.repeat(~group.correct, group.lengths), s, torch.bool)
@@ -197,11 +197,10 @@ def gwhes(s_positive, s_negative, group):
     source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
     p/sqrt(p(1-p))."""
     p = group.correct.mean()
-    if p in (0, 1):
-        return s_positive.new_full((len(group.correct),), torch.nan)
     positive, negative = (torch.stack([x.sum() for x in s.split(group.lengths)])
                           for s in (s_positive, s_negative))
-    score = (p * negative - (1 - p) * positive) / np.sqrt(p * (1 - p))
+    scale = np.sqrt(p * (1 - p)) or np.nan  # nan: they have one outcome
+    score = (p * negative - (1 - p) * positive) / scale
     return score.where(to_device(group.correct, score, torch.bool), torch.nan)
 
 
@@ -222,21 +221,21 @@ def dagrpo_margins(score, advantage):
     return margin
 
 
-def dagrpo_threshold(groups, delta=None, advantage_norm="std"):
+def dagrpo_threshold(groups, delta, advantage_norm="std"):
     """delta in points. "q0.25": the margin that the lowest 25% of the responses that have one do
     not reach, over a step's groups; nan if none has. None: 3."""
     if not isinstance(delta, str):
         return 3.0 if delta is None else delta
     margins = sorted(x for g in groups for x in dagrpo_margins(
         g.score, group_advantages(g.reward, advantage_norm)) if np.isfinite(x))
-    return float(margins[int(float(delta[1:]) * len(margins))]) if margins else np.nan
+    return margins[int(float(delta[1:]) * len(margins))] if margins else np.nan
 
 
 def dagrpo_masks(score, advantage, delta=3.0, figures=None):
-    """lambda of every response, 0 or 1, (G,): 1[margin >= delta], and 1 in a group not judged."""
+    """lambda of every response, (G,) bool: 1[margin >= delta], and 1 in a group not judged."""
     margin = dagrpo_margins(score, advantage)
-    mask = np.where(np.isnan(margin) | (margin >= delta - 1e-5), 1.0, 0.0)  # 9.1 - 6.1 is 3 apart
-    if figures is not None and np.isfinite(margin).any():
+    mask = np.isnan(margin) | (margin >= delta - 1e-5)  # 9.1 - 6.1 is 3 apart
+    if figures and np.isfinite(margin).any():
         figures.mean("dagrpo/delta", delta)
         figures.mean("dagrpo/lambda_pos", mask, where=advantage > 0)
         figures.mean("dagrpo/lambda_neg", mask, where=advantage < 0)

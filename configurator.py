@@ -8,7 +8,6 @@ value` win over files; a bare `--key` turns a boolean on, and a setting that is 
 up to the next flag. The type of a setting is that of its default; None takes anything. A function
 in a file is the text "FILE.py:NAME"."""
 import ast
-import builtins
 import difflib
 import inspect
 import math
@@ -19,10 +18,13 @@ import signal
 import sys
 import traceback
 
+RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))   # of this machine
+CORES = max(1, len(os.sched_getaffinity(0)) // RANKS)  # a rank's share of the machine's
+
 
 def is_rank0():
     """True in the process that prints and writes: the only one, or torchrun's rank 0."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print0(text):
@@ -62,13 +64,13 @@ def _parse(text, default):
 
 
 def _unknown(key, known, where):
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    die(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    [near] = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    die(f"{where}: unknown key {key!r}, did you mean {near!r}?")
 
 
-def _run_file(path, settings):
-    """A config file's settings, {key: (value, where)}. It sees those so far."""
-    scope = dict(settings, __file__=path, __builtins__=builtins)
+def _run_file(path, settings, defaults):
+    """Override settings by those of a config file, which sees them as they are so far."""
+    scope = dict(settings, __file__=path)
     try:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read(), path)
@@ -82,16 +84,14 @@ def _run_file(path, settings):
         die(f"config file {path}, line {lines[-1]}: {type(e).__name__}: {e}")
     lines = {n.id: n.lineno for n in ast.walk(tree)
              if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    found = {}
     for key, value in scope.items():
         where = f"config file {path}, line {lines.get(key, '?')}"
         if inspect.isfunction(value):
             value = f"{value.__code__.co_filename}:{value.__name__}"
         if key in settings:
-            found[key] = (value, where)
+            settings[key] = _checked(key, value, defaults[key], where)
         elif key in lines and not key.startswith("_"):  # imports and _helpers are its own business
             _unknown(key, settings, where)
-    return found
 
 
 def load_function(name, key):
@@ -113,39 +113,38 @@ def configure(script_globals, argv=None):
     argv = [*argv]
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(argv)):
         die(f"command line: {argv!r} are not UTF-8")
-    types = (bool, int, float, str, tuple, type(None))
-    defaults = {key: value for key, value in script_globals.items()
-                if isinstance(value, types) and not key.startswith("_")}
+    defaults = {key: value for key, value in script_globals.items() if not key.startswith("_")
+                and isinstance(value, int | float | str | tuple | None)}  # a bool is an int
     if {"-h", "--help"} & {*argv}:
         print0(script_globals.get("__doc__") or "")
         print0("\n".join(f"  --{key}={value!r}" for key, value in defaults.items()))
         sys.exit(0)
-    settings, flags = dict(defaults), []
+    settings, flags = dict(defaults), {}
     while argv:
         word = argv.pop(0)
         if not word.startswith("--"):
-            for key, (value, where) in _run_file(word, settings).items():
-                settings[key] = _checked(key, value, defaults[key], where)
+            _run_file(word, settings, defaults)
             continue
         key, has_value, text = word[2:].partition("=")
         key = key.replace("-", "_")
         if key not in defaults:
             _unknown(key, defaults, "command line")
-        default, value = defaults[key], None
-        if not has_value and default == ():  # `--key a b`: all words up to the next flag
+        default = defaults[key]
+        if has_value:
+            value = _parse(text, default)
+        elif default == ():  # `--key a b`: all words up to the next flag
             value = ()
             while argv and not argv[0].startswith("--"):
                 value += (argv.pop(0),)
-        elif not has_value and isinstance(default, bool):  # bare, or `--key false`
-            follows = bool(argv) and argv[0].lower() in ("true", "false")
+        elif isinstance(default, bool):  # bare, or `--key false`
+            follows = argv and argv[0].lower() in ("true", "false")
             value = _parse(argv.pop(0), default) if follows else True
-        elif not has_value and (not argv or argv[0].startswith("--")):
+        elif not argv or argv[0].startswith("--"):
             die(f"command line: --{key} needs a value")
         else:
-            value = _parse(text if has_value else argv.pop(0), default)
-        flags.append((key, value))
-    for key, value in flags:
-        settings[key] = _checked(key, value, defaults[key], "command line")
+            value = _parse(argv.pop(0), default)
+        flags[key] = _checked(key, value, default, "command line")
+    settings |= flags
     changed = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
     print0("config: " + (", ".join(changed) or "all defaults"))
     script_globals.update(settings)
@@ -185,6 +184,6 @@ def check(settings, known, ranges, infinite="", texts="", counts=""):
             value = settings.get(key)
             if isinstance(value, (int, float)) and not holds[sign](value, float(limit)):
                 die(f"{key}: {value!r} is not {bound}")
-    ranks, tp = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), settings.get("tp", 1)
-    if ranks % tp:
-        die(f"tp: {tp} is not a divisor of {ranks}, the ranks of a machine")
+    tp = settings.get("tp", 1)
+    if RANKS % tp:
+        die(f"tp: {tp} is not a divisor of {RANKS}, the ranks of a machine")

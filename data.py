@@ -32,6 +32,7 @@ class Group:
     weight: np.ndarray = None  # (G,) float, of each response's tokens in the loss: set_weights
     seed: int = 0              # of whatever is drawn for this group
     update_tokens: int = 0     # response tokens of its update, on all ranks
+    of_tokens: object = None   # (3, n) tensor of logp, entropy, advantage, where it is trained on
 
     def __post_init__(self):
         for name, value in dict(truncated=False, is_anchor=False, score=np.nan, weight=0.0).items():

@@ -19,7 +19,7 @@ from fractions import Fraction
 from functools import cache
 from subprocess import DEVNULL, PIPE, Popen
 
-from configurator import load_function
+from configurator import CORES, load_function
 
 SECONDS = 2           # of processor time that a worker has for one answer
 LONGEST = 2000        # characters of an answer; the longest reference answer has 217
@@ -157,8 +157,7 @@ def work():
 
 
 _mine = threading.local()  # .worker: the process of this thread of the pool
-_cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-_pool = ThreadPoolExecutor(max(1, min(8, _cores)))
+_pool = ThreadPoolExecutor(min(8, CORES))
 
 
 def _ask(question):

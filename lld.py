@@ -14,7 +14,6 @@ tokens. Stopped and started again, it goes on; other settings of the update keep
 import copy
 import itertools
 import json
-from pathlib import Path
 
 from rollout import build_engine, sample_batch, sleep_engine  # before torch
 
@@ -32,7 +31,7 @@ from advantages import VARIANTS, Old, gwhes, influence, nthr_select
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
-from plot import save_figure, subplots
+from plot import save_figure, subplots, write_page
 from runs import check_folder, write_json, write_jsonl, write_whole
 
 # the questions and their responses; a change of one of these samples anew
@@ -225,13 +224,12 @@ def picture():
 
 
 def page():
-    """lld.html with the questions of smallest Delta, to be coloured by token (Fig. 3)."""
+    """Write tokens.html, the questions of smallest Delta, to be coloured by token (Fig. 3)."""
     rows = []
     for i in columns["delta_grpo"].nsmallest(8).index:
         tokens = [tokenizer.batch_decode([*zip(ids)]) for ids in groups[i]["responses"]]
         rows.append(done[i] | {"prompt": tokenizer.decode(groups[i]["prompt"]), "tokens": tokens})
-    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return page.replace("ROWS", json.dumps(rows).replace("<", "\\u003c"), 1)  # no tag in a text
+    write_page("lld.html", f"{out_dir}/tokens.html", rows)
 
 
 if is_rank0():
@@ -242,7 +240,7 @@ if is_rank0():
     text = table(rows)
     write_json(f"{out_dir}/summary.json", summary)
     write_whole(f"{out_dir}/summary.md", text)
-    write_whole(f"{out_dir}/tokens.html", page())
+    page()
     picture()
     print0(f"{text}\nwrote {out_dir}/: summary.md, tokens.html, delta.png and more")
 dist.barrier()

@@ -3,6 +3,8 @@
 [NTHR] is arXiv 2505.18830, [LLDS] 2512.04220, [DaGRPO] 2512.06337, [GSPO] 2507.18071, [CISPO]
 2506.13585, [LUFFY] 2504.14945, [DrGRPO] 2503.20783, [DAPO] 2503.14476, [TIS] Yao et al. 2025, "Your
 efficient RL framework secretly brings you off-policy RL training"."""
+import math
+
 import numpy as np
 import torch
 
@@ -24,11 +26,11 @@ def set_weights(groups, loss_norm="group", max_response_tokens=1):
         g.update_tokens = update_tokens
         divisor = {"group": tokens.sum() * len(groups), "response": tokens * size * len(groups),
                    "token": update_tokens, "constant": size * max_response_tokens * len(groups)}
-        g.weight = np.full(size, 1.0) / divisor[loss_norm]
+        g.weight = np.ones(size) / divisor[loss_norm]
 
 
 def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, tis_cap=0.0,
-                llds=0.0, anchor_loss="luffy", figures=None):
+                seq_mask_cap=None, llds=0.0, anchor_loss="luffy", figures=None):
     """The loss of a micro-batch's n response tokens, a weighted sum: ().
 
     Rollout tokens, with A and ratio = pi / pi_old as in PPO ([NTHR] eq. 1):
@@ -37,8 +39,9 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
            by token ([GSPO], GSPO-token): the same as GSPO where A is one number a response
     cispo  -A clip(ratio) logp, clip(ratio) a constant: no token's gradient is cut off ([CISPO])
     times the truncated importance min(pi_old / pi_rollout, tis_cap) if tis_cap ([TIS]), plus
-    kl_coef times KL to the reference model, plus llds times `llds_penalty`. Anchor tokens, which
-    the policy did not sample: see anchor_losses.
+    kl_coef times KL to the reference model, plus llds times `llds_penalty`. Responses whose product
+    of pi_old / pi_rollout is over seq_mask_cap, or under 1 / seq_mask_cap, have no loss (but keep
+    their share of the weights). Anchor tokens, which were not sampled: see anchor_losses.
 
     logp (n,), with gradient; batch: its old_logp, advantage, weight, is_anchor, response (n,),
     rollout_logp for tis_cap, ref_logp for kl_coef. clip_high > clip_low is clip-higher ([DAPO])."""
@@ -53,20 +56,24 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
     plain, clipped = (-A * x for x in (ratio, ratio.clamp(1 - clip_low, 1 + clip_high)))
     losses = clipped.detach() * logp if loss == "cispo" else torch.maximum(plain, clipped)
 
-    importance = (batch.old_logp - batch.rollout_logp).where(sampled, 0).exp()
+    log_importance = (batch.old_logp - batch.rollout_logp).where(sampled, 0)
+    importance = log_importance.exp()
     if tis_cap:
         losses = losses * importance.clamp(max=tis_cap)
     if kl_coef:
         kl = kl_k3(logp, torch.where(sampled, batch.ref_logp, logp.detach()))
         losses = losses + kl_coef * kl
     losses = torch.where(sampled, losses, anchor_losses(logp, A, anchor_loss))
+    if seq_mask_cap:
+        left_out = per_response(log_importance, batch).abs() > math.log(seq_mask_cap)  # (B,)
+        losses = losses.masked_fill(left_out.index_select(0, batch.response), 0)
     total = (batch.weight * losses).sum()
     if llds:
         penalty = llds_penalty(logp, old_logp, batch)
         total = total + llds * penalty
 
-    if figures is not None:
-        gap = (batch.old_logp - batch.rollout_logp).abs()
+    if figures:
+        gap = log_importance.abs()
         figures.mean("train/clip_fraction", clipped > plain, where=sampled)
         figures.mean("train/kl_old", kl_k3(old_logp, logp.detach()), where=sampled)
         figures.mean("gap/mean", gap, where=sampled)
@@ -78,6 +85,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
             figures.sum("train/llds", penalty)  # over the step's updates
         if tis_cap:
             figures.mean("gap/importance_cut", importance > tis_cap, where=sampled)
+        if seq_mask_cap:
+            figures.sum("gap/responses_left_out", left_out)
     return total
 
 
@@ -96,7 +105,7 @@ def llds_penalty(logp, old_logp, batch):
     return lost.clamp(min=0).where(counts, 0).sum() / max(1, batch.update_tokens)
 
 
-def anchor_losses(logp, advantage, form="luffy", gamma=0.1):
+def anchor_losses(logp, advantage, form, gamma=0.1):
     """Loss of demonstrations' tokens, without ratio, clip and KL. All (n,).
     "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi
     ([LUFFY] eq. 8). "logp": -A log pi, [DaGRPO] eq. 13 to the letter."""

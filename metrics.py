@@ -69,15 +69,16 @@ def rollout_figures(groups, sampled, wasted, step, anchor_texts):
         "rollout/response_tokens": int(kept),
         "rollout/tokens_dropped": int(tokens.sum() - kept),
         "rollout/prompts_wasted": wasted,
-        "rollout/mean_length": float(tokens.mean()),
-        "rollout/truncated": float(of_rollouts(sampled, "truncated").mean()),
-        "rollout/anchor_share": float(np.mean([g.is_anchor.any() for g in sampled])),
+        "rollout/mean_length": tokens.mean(),
+        "rollout/truncated": of_rollouts(sampled, "truncated").mean(),
+        "rollout/anchor_share": np.mean([g.is_anchor.any() for g in sampled]),
     }
     hard = [not g.right.any() for g in groups if g.is_anchor.any()]
     ages = [step - anchor_texts.get(g.row["problem"], {}).get(text, np.nan) for g in groups
             for text, is_anchor in zip(g.texts, g.is_anchor) if is_anchor]
-    own = {"anchor/hard": hard, "anchor/age": ages} if hard else {}
-    return row | {key: float(np.mean(x)) for key, x in own.items()}
+    if hard:
+        row |= {"anchor/hard": np.mean(hard), "anchor/age": np.mean(ages)}
+    return row
 
 
 def note_anchors(figures, group, old):
@@ -93,15 +94,24 @@ def note_anchors(figures, group, old):
 def eval_figures(groups):
     """Figures of an evaluation's groups."""
     lengths = [n for g in groups for n in g.lengths]
-    return {"eval/accuracy": accuracy(groups), "eval/mean_length": float(np.mean(lengths)),
-            "eval/truncated": float(np.mean([g.truncated for g in groups]))}
+    return {"eval/accuracy": accuracy(groups), "eval/mean_length": np.mean(lengths),
+            "eval/truncated": np.mean([g.truncated for g in groups])}
 
 
-def sample(g):
-    """What samples.jsonl shows of a group's responses."""
-    return {"problem": g.row["problem"], "answer": g.row["answer"], "responses": g.texts,
-            "reward": g.reward.tolist(), "truncated": g.truncated.tolist(),
-            "is_anchor": g.is_anchor.tolist(), "score": g.score.tolist()}
+def samples(groups, step, tokenizer, advantages):
+    """What samples.jsonl shows of groups, which all ranks hold; they call together. Of each token
+    what its rank said, where the group was trained on. advantages: (G,) of each group."""
+    mine = {i: g.of_tokens.double().round(decimals=4).tolist() for i, g in enumerate(groups)
+            if g.of_tokens is not None}
+    of_tokens = {i: x for of_rank in of_ranks(mine) for i, x in of_rank.items()}
+    return [{"step": step, "problem": g.row["problem"], "answer": g.row["answer"],
+             "prompt": tokenizer.decode(g.prompt), "responses": g.texts,
+             "reward": g.reward.tolist(), "truncated": g.truncated.tolist(),
+             "is_anchor": g.is_anchor.tolist(), "score": g.score.tolist(),
+             "advantage": advantages[i].tolist(), "lengths": g.lengths,
+             "tokens": tokenizer.batch_decode([*zip(np.concatenate(g.responses).tolist())]),
+             **dict(zip(("logp", "entropy", "token_advantage"), of_tokens.get(i, ())))}
+            for i, g in enumerate(groups)]
 
 
 def speed_figures(row, vllm_bytes):
@@ -120,8 +130,7 @@ def find_alarms(row, rows):
     rows: all of metrics.jsonl so far. What a step lacks is nan and gives no alarm."""
     keys = ["reward/accuracy", "rollout/mean_length", "train/entropy", "train/grad_norm",
             "train/loss", "gap/mean"]
-    steps = [*(r for r in rows if "time/step" in r), row]
-    steps = pd.DataFrame(steps, columns=keys, dtype=float)
+    steps = pd.DataFrame([*(r for r in rows if "time/step" in r), row], columns=keys, dtype=float)
     now, first = steps.iloc[-1], steps[:5].median()
     gradient = steps["train/grad_norm"].where(lambda x: x > 0)
     usual = gradient.rolling(21, min_periods=6).median().iloc[-1]

@@ -77,7 +77,7 @@ class MicroBatch:
     prefix: int                 # tokens of the common prefix, the first of T
     spans: list                 # [(start, end)] in T: the prefix, then trees, short ones together
     segment: torch.Tensor       # (2, T) int32, each token's segment, and its prompt's
-    update_tokens: int = 0      # response tokens of the update, on all ranks
+    update_tokens: int          # response tokens of the update, on all ranks
     # from the policy that sampled, before the weights move: train.ask_old_policy
     old_logp: torch.Tensor = None   # (n,)
     advantage: torch.Tensor = None  # (n,)
@@ -85,8 +85,8 @@ class MicroBatch:
 
     def to(self, device):
         """The same on a device."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items()
+                                if isinstance(x, torch.Tensor)})
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Unit:
     """Whole groups: one micro-batch, or several if a single group is larger than the budget."""
     groups: list   # of data.Group
     batches: list  # of MicroBatch, their tokens in the order of the groups'
-    early: bool = False  # the old policy is asked in a pass of its own, before the weights move
+    early: bool    # the old policy is asked in a pass of its own, before the weights move
 
     def set_old(self, logp, advantage):
         """Deal both (n,), of all tokens of the unit, out to its micro-batches."""
@@ -133,7 +133,7 @@ def cut(group, tokens_per_micro_batch):
             starts.append(i)
             used = 0
         used += n
-    return [group.part(*ends) for ends in zip(starts, [*starts[1:], len(group.responses)])]
+    return [group.part(*ends) for ends in zip(starts, [*starts[1:], None])]
 
 
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
@@ -171,7 +171,7 @@ def common_prefix(prompts):
         return 0
     shortest = min(map(len, prompts)) - 1
     same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
-    return shortest if same.all() else int(same.argmin())
+    return int(same.cumprod().sum())  # of the first ones
 
 
 SDPA_TOKENS = 256  # shorter trees share a call of SDPA: fewer calls for a little more work
@@ -181,36 +181,34 @@ def pack(groups):
     """Pack groups (or parts of them) into one MicroBatch, on the host. See the layout above."""
     prefix = common_prefix([g.prompt for g in groups])
     ids, positions, predicts = [], [], []
-    segments, keys, spans = [], [], []  # segments: (number of its prompt's segment, tokens)
+    parents, keys, spans = [], [], []  # parents: the number of each segment's prompt's segment
 
     def add(tokens, path, parent):
         """Append a segment whose tokens see those at `path` (indices into T), then themselves."""
-        at = sum(n for _, n in segments)
-        own = np.arange(at, at + len(tokens))
+        at = sum(map(len, ids))
+        seen = np.concatenate([path, np.arange(at, at + len(tokens))])
         ids.append(tokens)
-        positions.append(len(path) + np.arange(len(tokens)))
-        keys.append(np.concatenate([path, own]))
-        segments.append((len(segments) if parent is None else parent, len(tokens)))
-        return keys[-1]
+        positions.append(np.arange(len(path), len(seen)))
+        keys.append(seen)
+        parents.append(parent)
+        return seen
 
-    before = np.zeros(0, dtype=np.int64)
+    before = np.arange(0)
     if prefix:
-        before = add(groups[0].prompt[:prefix], before, None)
+        before = add(groups[0].prompt[:prefix], before, 0)
         spans.append((0, prefix))
     for group in groups:
-        root = len(segments)
-        path = add(group.prompt[prefix:], before, None)
+        root = len(parents)
+        path = add(group.prompt[prefix:], before, root)
         for tokens in group.responses:
             seen = add(tokens, path, root)
             predicts.append(seen[len(path) - 1:-1])
-        start, end = spans[-1][1] if spans else 0, sum(n for _, n in segments)
+        start, end = spans[-1][1] if spans else 0, sum(map(len, ids))
         if end - start >= SDPA_TOKENS or group is groups[-1]:
             spans.append((start, end))
 
     lengths = [n for g in groups for n in g.lengths]
-    anchor = np.concatenate([g.is_anchor for g in groups])
-    sizes = [n for _, n in segments]
-    segment = [(np.full(n, s), np.full(n, parent)) for s, (parent, n) in enumerate(segments)]
+    sizes = [*map(len, ids)]
     return MicroBatch(
         input_ids=joined(ids)[None],
         position_ids=joined(positions)[None],
@@ -219,13 +217,13 @@ def pack(groups):
         response=joined([np.repeat(np.arange(len(lengths)), lengths)]),
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
         weight=joined([np.repeat(g.weight, g.lengths) for g in groups], torch.float32),
-        is_anchor=joined([np.repeat(anchor, lengths)], torch.bool),
+        is_anchor=joined([np.repeat(g.is_anchor, g.lengths) for g in groups], torch.bool),
         right=joined([g.right for g in groups], torch.bool),
         kv_index=joined(keys),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),
         max_q=max(sizes), max_k=max(map(len, keys)), prefix=prefix, spans=spans,
-        segment=torch.stack([joined(x, torch.int32) for x in zip(*segment)]),
+        segment=torch.from_numpy(np.repeat([range(len(sizes)), parents], sizes, axis=1)).int(),
         update_tokens=groups[0].update_tokens)
 
 
@@ -434,7 +432,7 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False,
 
 # ---- over ranks, and the optimizer ---------------------------------------------------------------
 
-def parallelize(policy, parallel, device="cpu"):
+def parallelize(policy, parallel, device):
     """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, sharded). Called like a Policy.
     Gradients come out averaged over ranks, so a loss that is a sum over ranks is to be multiplied
     by the world size. fsdp moves a policy from the CPU layer by layer: no GPU ever holds it."""
@@ -444,20 +442,19 @@ def parallelize(policy, parallel, device="cpu"):
         # no buffer ever changes; gradients live in the buckets that are reduced, not beside them
         return DistributedDataParallel(
             policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for layer in policy.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     # without a backward pass nothing else would shard the embedding and the head again
     frozen = not any(p.requires_grad for p in policy.parameters())
-    return fully_shard(policy, mesh=mesh, mp_policy=mixed,
-                       reshard_after_forward=True if frozen else None)
+    return fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=frozen)
 
 
 def make_optimizer(policy, learning_rate, weight_decay=0.0):
-    """AdamW over what a policy trains."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay, fused=True)
+    """AdamW over a policy's parameters, of which it skips those that have no gradient."""
+    return torch.optim.AdamW(
+        policy.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(net, optimizer, grad_clip):

@@ -1,16 +1,21 @@
-"""Pictures, as PNG: the curves of a run, several runs together.
+"""Pictures, as PNG: the curves of a run, several runs together; and a page to look at a run.
 
     python plot.py out/a out/b ...     runs that differ in their seed alone become one curve: mean,
-                                       and a band from the lowest to the highest seed; runs.png"""
+                                       and a band from the lowest to the highest seed; runs.png,
+                                       and of each run report.html: settings, curves, samples"""
+import ast
+import base64
+import json
 import os
 import sys
+from pathlib import Path
 
 import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
 from configurator import die
-from runs import read_json, read_rows
+from runs import read_json, read_rows, write_whole
 
 # The panels: title, and the keys of metrics.jsonl that it shows; of several runs the first alone.
 PANELS = """\
@@ -76,8 +81,33 @@ def plot_runs(seeds, path):
     save_figure(fig, path)
 
 
+def write_page(name, path, data):
+    """The page `name` of this folder, with data in it; no text in them becomes a tag."""
+    page = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    write_whole(path, page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1))
+
+
+def report(folder):
+    """Write report.html of a run: settings that are not the defaults, curves, and its samples by
+    step; of long runs every second one, every fourth, ..., so that it stays under 5 MB."""
+    plot_runs(read_runs([folder]), f"{folder}/curves.png")
+    curves = base64.b64encode(Path(folder, "curves.png").read_bytes()).decode()
+    script = ast.parse(Path(__file__).with_name("train.py").read_text(encoding="utf-8"))
+    defaults = {ast.unparse(node.targets[0]): ast.unparse(node.value)
+                for node in script.body if isinstance(node, ast.Assign)}
+    settings = {key: value for key, value in read_json(f"{folder}/run_config.json").items()
+                if repr(value) != defaults.get(key)}
+    samples = read_rows(folder, "samples")
+    while len(samples) > 1 and len(json.dumps(samples)) > 4_000_000:
+        samples = samples[::-2][::-1]  # the newest stays
+    write_page("report.html", f"{folder}/report.html",
+               dict(folder=folder, settings=settings, curves=curves, samples=samples))
+
+
 if __name__ == "__main__":
     folders = sys.argv[1:] or die("plot.py: which runs? python plot.py out/a out/b")
     above = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
     plot_runs(read_runs(folders), f"{above}/runs.png")
-    print(f"wrote {above}/runs.png")
+    for folder in folders:
+        report(folder)
+    print(f"wrote {above}/runs.png, and report.html in each folder")

@@ -11,14 +11,14 @@ import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+
+from configurator import CORES, RANKS, die, is_rank0
 
 # Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this
 # rank's share of the cores; and none that spins for long, since torch and vLLM take turns.
-_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine
-if "OMP_NUM_THREADS" not in os.environ or _ranks > 1 and os.environ["OMP_NUM_THREADS"] == "1":
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // _ranks))
+if "OMP_NUM_THREADS" not in os.environ or RANKS > 1 and os.environ["OMP_NUM_THREADS"] == "1":
+    os.environ["OMP_NUM_THREADS"] = str(CORES)
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 # Read by vLLM when it is imported. In one process, so that the engine shares torchrun's process
@@ -35,7 +35,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from configurator import die, is_rank0
 from data import Group, choose_anchors, data_index, encode_anchor, mixed, of_ranks, with_anchors
 from grader import grade_all
 from model_utils import plain_weights
@@ -49,7 +48,8 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     from vllm import LLM  # here: an import of many seconds
     on_cuda = torch.cuda.is_available()
     if on_cuda:
-        of_device = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True)
+        of_device = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True,
+                         hf_overrides={"head_dtype": "float32"})  # as the trainer's logits are
     else:  # small blocks share more of a prompt; a prompt cut in chunks would undo a seeded draw,
         # which torch's generator on a CPU cannot
         of_device = dict(enforce_eager=True, block_size=32, enable_chunked_prefill=False)
@@ -59,13 +59,13 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         model, dtype=dtype.replace("auto", "bfloat16" if on_cuda else "float32"), seed=seed,
         max_model_len=context, max_num_seqs=max_num_seqs, tensor_parallel_size=tp,
         distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
-        enable_prefix_caching=True, disable_log_stats=True, use_tqdm_on_load=False, **of_device)
+        enable_prefix_caching=True, use_tqdm_on_load=False, **of_device)
 
 
-def make_groups(tokenizer, rows, prompts, outputs, seeds, *of_grader):
-    """Graded groups of vLLM's finished outputs, a list of CompletionOutputs per row."""
+def make_groups(tokenizer, asked, *of_grader):
+    """Graded groups. asked: of each its row, prompt, seed and vLLM's finished outputs, a list."""
     groups = []
-    for row, prompt, outs, seed in zip(rows, prompts, outputs, seeds):
+    for row, prompt, seed, outs in asked:
         ids = [np.asarray(o.token_ids, dtype=np.int32) for o in outs]
         groups.append(Group(
             row=row, prompt=prompt, responses=ids,
@@ -131,14 +131,11 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]
     joining = [choose_anchors(problems[p]["problem"], anchor_texts, anchors, anchor_share, seed)
                for p in order]
-    sampling = partial(  # of each sampled token its log-probability, no text
-        SamplingParams, temperature=temperature, logprobs=0, flat_logprobs=True,
-        detokenize=False, max_tokens=max_response_tokens, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def grade(outputs):
-        groups = make_groups(tokenizer, [problems[order[i]] for i in outputs],
-                             [prompts[order[i]] for i in outputs], outputs.values(),
-                             [seeds[i] for i in outputs], reward, reward_seconds)
+        asked = [(problems[order[i]], prompts[order[i]], seeds[i], outs)
+                 for i, outs in outputs.items()]
+        groups = make_groups(tokenizer, asked, reward, reward_seconds)
         for at, (i, group) in enumerate(zip(outputs, groups)):
             if joining[i] and not (anchor_hard_only and group.correct.any()):
                 ids = [encode_anchor(tokenizer, group.prompt, text, end) for text in joining[i]]
@@ -165,12 +162,15 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
             most = math.ceil(min(oversample * missing, room)) if missing > 0 else 0
             load = np.bincount([owner[i] for i in is_open], minlength=engines)
             for i in range(len(owner), min(max_prompts, len(owner) + most - len(is_open))):
-                owner.append(int(load.argmin()))
+                owner.append(load.argmin())
                 load[owner[i]] += 1
                 if owner[i] == mine:
                     ids = {"type": "token", "prompt_token_ids": prompts[order[i]].tolist()}
                     count = group_size - (0 if anchor_hard_only else len(joining[i]))
-                    params = sampling(n=count, seed=seeds[i])
+                    params = SamplingParams(  # of each token its log-probability, no text
+                        n=count, seed=seeds[i], temperature=temperature, logprobs=0,
+                        flat_logprobs=True, detokenize=False, max_tokens=max_response_tokens,
+                        output_kind=RequestOutputKind.FINAL_ONLY)
                     requests[i] = core.add_request(str(i), ids, params)
             # sample
             for _ in range(LOOK_EVERY):

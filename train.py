@@ -68,6 +68,8 @@ neg_weight = 1.0              # times those of incorrect ones
 clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
 clip_high = 0.2               # 0.28: clip-higher (DAPO)
 tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3); 0: not
+seq_mask_cap = None           # responses whose product of it is over this, or 1/this, are left out
+max_gap = None                # mean |difference| of vLLM's logp, nats, over which a run stops
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
 demos = None                  # a file; None: the set's own; "self": what this run got right before
@@ -107,17 +109,20 @@ config = configure(globals())
 DTYPES = ("auto", "float32", "bfloat16")
 check(
     config, advantages.CHOICES | losses.CHOICES | dict(
-        delta=(None, float, str), gpu_memory_utilization=(None, float), parallel=("ddp", "fsdp"),
-        compute_dtype=DTYPES, rollout_dtype=DTYPES, on_full_disk=("stop", "go on")),
+        delta=(None, float, str), gpu_memory_utilization=(None, float), max_gap=(None, float),
+        seq_mask_cap=(None, float), parallel=("ddp", "fsdp"), compute_dtype=DTYPES,
+        rollout_dtype=(*DTYPES, "float16"), on_full_disk=("stop", "go on")),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
-            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds",
+            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds "
+            "max_gap",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
              "weight_decay samples_per_step tis_cap llds anchors anchor_share lora_rank "
              "judge_noise",
-     ">= 1": "oversample", ">= 2": "group_size", "<= 9": "delta", "< 1": "gpu_memory_utilization",
-     "<= 1": "entropy_share anchor_share weight_decay", "<= 0.01": "learning_rate",
-     "< inf": "nthr_beta"}, infinite="nthr_beta oversample clip_high tis_cap grad_clip",
+     ">= 1": "oversample seq_mask_cap", ">= 2": "group_size", "<= 9": "delta",
+     "< 1": "gpu_memory_utilization", "<= 1": "entropy_share anchor_share weight_decay",
+     "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
+    infinite="nthr_beta oversample clip_high tis_cap grad_clip",
     texts="eval_dataset system_prompt prompt reward demos judge_model", counts="max_num_seqs")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
@@ -149,10 +154,10 @@ tokenizer, hf_config = data.load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 if hf_config.num_attention_heads % tp:
     die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
-of_prompts = settings_for(data.encode_prompts, config)
-of_prompts["room"] = hf_config.max_position_embeddings - max_response_tokens
-prompts = data.encode_prompts(tokenizer, problems, **of_prompts)
-test_prompts = data.encode_prompts(tokenizer, test_problems, key="eval_dataset", **of_prompts)
+encode = partial(
+    data.encode_prompts, tokenizer, **settings_for(data.encode_prompts, config),
+    room=hf_config.max_position_embeddings - max_response_tokens)
+prompts, test_prompts = encode(problems), encode(test_problems, key="eval_dataset")
 context = max(map(len, prompts + test_prompts)) + max_response_tokens
 runs.check_folder(out_dir)
 
@@ -161,7 +166,8 @@ runs.check_folder(out_dir)
 device = model_utils.setup_distributed()
 on_cuda = device.type == "cuda"
 world_size = dist.get_world_size()
-step, position = (start[1]["step"], start[1]["position"]) if start else (0, 0)
+resumed, state = start or (None, {"step": 0, "position": 0})
+step, position = state["step"], state["position"]
 # a machine may lack a set of the hub, or have an older checkpoint
 seen = data.of_ranks((len(problems), step))
 if len(set(seen)) > 1:
@@ -187,7 +193,7 @@ compute = getattr(torch, compute_dtype.replace("auto", "bfloat16" if on_cuda els
 if on_cuda and gpu_memory_utilization is None:
     gpu_memory_utilization = vllm_share(device, held_memory(
         hf_config, world_size, parallel, compute.itemsize, kl_coef > 0, lora_rank))
-load_from = start[0] if start else model
+load_from = resumed or model
 engine = rollout.build_engine(load_from, context, seed, rollout_dtype, gpu_memory_utilization,
                               max_num_seqs, tp)
 vllm_bytes = torch.cuda.memory_allocated()  # 0 on a CPU
@@ -197,13 +203,13 @@ home = "cpu" if parallel == "fsdp" else device
 torch.manual_seed(seed)  # of LoRA's adapters, the same on all ranks
 policy = model_utils.load_policy(
     model if lora_rank else load_from, compute, home, activation_checkpointing,
-    lora_rank=lora_rank, resumed=start and start[0])
+    lora_rank=lora_rank, resumed=resumed)
 net = model_utils.parallelize(policy, parallel, device).train()
 optimizer = model_utils.make_optimizer(policy, learning_rate, weight_decay)
-if start:
-    runs.load_optimizer(start[0], optimizer)
-    print0(f"resumed from {start[0]}")
-ref = partial(net, adapted=False) if kl_coef else None
+if resumed:
+    runs.load_optimizer(resumed, optimizer)
+    print0(f"resumed from {resumed}")
+ref = partial(net, adapted=False)  # LoRA's model without its adapters
 if kl_coef and not lora_rank:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
     ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref
@@ -222,7 +228,7 @@ of_loss = settings_for(policy_loss, config)
 
 def has_signal(group):
     """Has a response of the group an advantage? Other groups are idle."""
-    return bool(response_advantages(group, **of_response).any())
+    return response_advantages(group, **of_response).any()
 
 
 def ask_old_policy(unit, outs, head, figures):
@@ -235,16 +241,24 @@ def ask_old_policy(unit, outs, head, figures):
         old = Old(*of_group, head, temperature)
         metrics.note_anchors(figures, group, old)
         advantage.append(token_advantages(group=group, old=old, figures=figures, **of_variant))
+        group.of_tokens = torch.stack([old.logp, old.entropy, advantage[-1]])
     unit.set_old(logp, torch.cat(advantage))
 
 
-def write_row(row, groups, answers):
-    """Write and print a step's figures, and what the responses of its first groups came to."""
+def check_gap(figures):
+    """End the run, before the weights move, if vLLM does not sample from them."""
+    gap = figures.all_ranks()["gap/mean"]
+    if gap > max_gap:
+        print0(f"error: step {step}: vLLM's log-probabilities are {gap:.2g} nats from the trainer's"
+               f" on average, {max_gap=}: did a push miss weights (changed names, an untied head), "
+               "is rollout_dtype too coarse, does vLLM read the model's config in another way?")
+        raise SystemExit(1)
+
+
+def write_row(row, groups, samples, answers):
+    """Write a step's figures, its first groups, its right answers; print a line."""
     row |= metrics.speed_figures(row, vllm_bytes)
     alarms = metrics.find_alarms(row, runs.read_rows(out_dir))
-    samples = [{"step": row["step"], "prompt": tokenizer.decode(g.prompt), **metrics.sample(g),
-                "advantage": response_advantages(g, **of_response).tolist()}
-               for g in groups[:samples_per_step]]
     with runs.or_say_so(out_dir, f"step {row['step']}", on_full_disk):
         runs.log(out_dir, metrics=[row], samples=samples, right_answers=answers)
         if row.get("train/bad_steps"):
@@ -275,7 +289,7 @@ while True:
     # ---- save and evaluate
     stop = torch.tensor(asked[0][0] if asked else 0)
     dist.all_reduce(stop, dist.ReduceOp.MAX)  # all ranks or none
-    due = step == max_steps or bool(eval_every) and step % eval_every == 0
+    due = step == max_steps or eval_every and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
     if save and step != saved:
         runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
@@ -323,7 +337,7 @@ while True:
             if unit.early:
                 ask_old_policy(unit, [net(b, temperature) for b in unit.batches], head, figures)
         # FSDP wants the passes of the two models in the same order on all ranks: these are last
-        for batch in [batch for unit in units for batch in unit.batches if ref is not None]:
+        for batch in [batch for unit in units for batch in unit.batches if kl_coef]:
             batch.ref_logp, *_ = ref(batch, temperature)
     figures.lap("old_policy")
 
@@ -348,6 +362,8 @@ while True:
                     moved = losses.per_response(logp.detach() - batch.old_logp, batch)
                     figures.mean("displacement/mean", moved, where=batch.right)
                     figures.mean("displacement/fell", moved < 0, where=batch.right)
+        if max_gap and update is updates[0]:
+            check_gap(figures)
         norm = model_utils.optimizer_step(net, optimizer, grad_clip)
         figures.mean("train/grad_norm", norm)
         figures.max("train/bad_steps", ~norm.isfinite())  # the update was not taken
@@ -362,10 +378,13 @@ while True:
     # ---- one row of figures, over all ranks
     row |= {"train/lr": lr, **figures.all_ranks(),
             **metrics.rollout_figures(groups, sampled, wasted, step, anchor_texts)}
+    shown = groups[:samples_per_step]
+    samples = metrics.samples(shown, step, tokenizer,
+                              [response_advantages(g, **of_response) for g in shown])
     answers = data.right_answers(sampled, step, anchors) if from_self else []
     data.remember(anchor_texts, answers, anchors)
     if is_rank0():
-        write_row(row, groups, answers)
+        write_row(row, groups, samples, answers)
     bad_steps = bad_steps + 1 if row.get("train/bad_steps") else 0
     if bad_steps == max_bad_steps:
         print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints "
