@@ -78,9 +78,8 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
     random         0 for as many tokens of every incorrect response, drawn at random
     spare_entropy  eta A_i for as many, those of highest entropy; spare_logp: of lowest logp
     thr            A_i 1[|THR| > tau] (1 + thr_p sign THR), THR = s of right, -s of wrong responses,
-                   every source token weighted by 1 / (tokens of its response) ([THR]). tau is that
-                   of `threshold`, with these s: the paper leaves open whether the lowest mean of a
-                   correct response is meant, as here and in NTHR, or the mean over them
+                   source tokens weighted by 1 / (tokens of their response), tau as in `threshold`
+                   with these s ([THR], which leaves open if it is the lowest mean, or their mean)
     entropy_top    A_i for the entropy_share of the group's tokens with the highest entropy, else 0
                    ([ENTROPY], which takes them from the whole batch)
     dagrpo         lambda_i A_i: 0 for whole responses that the judge cannot tell apart"""
@@ -193,9 +192,8 @@ def as_many(selected, by, lengths):
 
 def gwhes(s_positive, s_negative, group):
     """Group-weighted hidden embedding score of correct responses ([NTHR] eq. 5), others nan: (G,).
-    s_positive, s_negative (n,): `influence` with the group's correct, and its incorrect, tokens as
-    source. p- x (sum of s_negative) - p+ x (sum of s_positive), p+ = (1-p)/sqrt(p(1-p)), p- =
-    p/sqrt(p(1-p))."""
+    p- x (sum of s_negative) - p+ x (sum of s_positive); p+ = (1-p)/sqrt(p(1-p)), p- likewise of p.
+    s_positive, s_negative (n,): `influence` of the group's correct, of its incorrect tokens."""
     p = group.correct.mean()
     positive, negative = (torch.stack([x.sum() for x in s.split(group.lengths)])
                           for s in (s_positive, s_negative))

@@ -3,10 +3,9 @@
     python train.py config/quickstart.py --learning_rate=2e-5 --resume
 
 A script assigns its settings as plain globals and then calls `configure(globals())`. Arguments
-without `--` are config files: Python, executed in order, later ones win. `--key=value` and `--key
-value` win over files; a bare `--key` turns a boolean on, and a setting that is `()` takes all words
-up to the next flag. The type of a setting is that of its default; None takes anything. A function
-in a file is the text "FILE.py:NAME"."""
+without `--` are config files, Python, later ones win. `--key=value` and `--key value` win over
+files; a bare `--key` turns a boolean on, a setting that is `()` takes all words up to the next
+flag. A setting's type is its default's; None takes anything. A function is "FILE.py:NAME"."""
 import ast
 import difflib
 import inspect

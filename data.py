@@ -138,15 +138,11 @@ def _text(row):
     return "".join(row["problem"].lower().split())
 
 
-def data_index(position, size, seed):
-    """The row at `position` of an endless sequence of shuffled epochs over `size` rows."""
-    return int(epoch_order(size, seed, position // size)[position % size])
-
-
-@lru_cache(maxsize=2)
-def epoch_order(size, seed, epoch):
-    """A shuffle of `size` rows, (size,), the same in every process."""
-    return np.random.default_rng([seed, epoch]).permutation(size)
+def data_order(position, count, size, seed):
+    """`count` rows from `position` on of an endless sequence of shuffled epochs of `size` rows."""
+    epochs = range(position // size, (position + count) // size + 1)
+    order = np.concatenate([np.random.default_rng([seed, e]).permutation(size) for e in epochs])
+    return order[position % size:][:count]
 
 
 # ---- demonstrations ------------------------------------------------------------------------------
@@ -230,7 +226,6 @@ def end_token(tokenizer, model):
     """The token that ends a response: the last one in a chat at which vLLM stops, which the chat
     template writes after an assistant's turn, else end-of-sequence."""
     from transformers import GenerationConfig
-
     stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # has no such config
         stops.update(np.ravel(GenerationConfig.from_pretrained(model).eos_token_id))
@@ -306,7 +301,6 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
 def load_tokenizer(model, key="model"):
     """(tokenizer, Hugging Face config) of a folder or hub id, which the setting `key` named."""
     from transformers import AutoConfig, AutoTokenizer
-
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
     except Exception as e:  # OSError, ValueError, KeyError and the libraries' own

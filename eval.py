@@ -6,9 +6,8 @@
     torchrun --nproc_per_node=8 -- eval.py --ckpt=DIR --n=8 --tp=2     `--`, since torchrun has --n
     python eval.py --compare a.jsonl b.jsonl    two models' responses to the same problems
 
-Results are in eval/ beside a run's checkpoints, of other models in out/eval/: results.md and .json
-of the last command, and for every model and set a file of graded responses, which is not made
-again. A checkpoint of train.py is asked as it was trained, by its run_config.json."""
+Results are in eval/ beside a run's checkpoints, else in out/eval/: results.md and .json, and for
+each model and set a file of responses, not made again. A run is asked as it was trained."""
 import contextlib
 import json
 import math
@@ -24,11 +23,9 @@ import torch.distributed as dist
 from configurator import check, configure, die, is_rank0, load_function, print0, settings_for
 from data import STYLES, encode_prompts, load_problems, load_tokenizer, of_ranks
 from model_utils import setup_distributed
-from runs import check_checkpoint, check_folder, free_name, write_json, write_jsonl, write_whole
+from runs import check_checkpoint, check_folder, free_name, write_jsonl, write_whole
 
-# A run's folder, a folder of runs, a step_* folder, any Hugging Face folder; several folders of one
-# kind of model, with commas; or a hub id.
-ckpt = "out/quickstart"
+ckpt = "out/quickstart"       # a run, runs, a step_* or other folder, several (commas), a hub id
 as_trained = True             # ask a checkpoint of train.py with its run's prompt, length and set
 data = None                   # sets and JSON Lines files, with commas; None: the run's, arithmetic
 data_dir = None               # where known sets are; None: as in training, or data/
@@ -115,8 +112,7 @@ def find_models(ckpt):
             if (folder / "trainer_state.json").exists():
                 check_checkpoint(folder, unread=["optimizer.pt"])
             weights = {file.name: file.stat().st_mtime for file in folder.glob("*.safetensors")}
-            if weights:
-                models[str(folder)] = weights
+            models |= {str(folder): weights} if weights else {}
         except Exception as e:  # whatever is wrong with it
             print0(f"note: {folder} is damaged: {e}; left out")
     return models or die(f"ckpt: {ckpt} is neither a whole model nor a run with whole checkpoints")
@@ -232,7 +228,7 @@ if __name__ == "__main__":
     context = max(settings["context"] for settings, *_ in jobs)
     inside, results = None, []  # inside: whose weights the engine has
     for settings, *questions in jobs:
-        folder = settings["ckpt"]
+        folder, sampling = settings["ckpt"], settings_for(generate_all_ranks, settings)
         stem = f"{Path(settings['data']).stem}_n{settings['n']}_t{settings['temperature']:g}"
         path = f"{home}/{settings['model']}/{stem}.jsonl"
         rows = kept_rows(path, settings)
@@ -242,11 +238,10 @@ if __name__ == "__main__":
             elif folder != inside:
                 load_weights(engine, folder)
             inside = folder
-            groups = generate_all_ranks(
-                engine, *questions, **settings_for(generate_all_ranks, settings))
+            groups = generate_all_ranks(engine, *questions, **sampling)
             rows = [g.row | {"response": g.texts, "length": g.lengths, "reward": g.reward.tolist(),
-                             "correct": g.correct.tolist(),
-                             "truncated": g.truncated.tolist()} for g in groups]
+                             "correct": g.correct.tolist(), "truncated": g.truncated.tolist()}
+                    for g in groups]
             if is_rank0():
                 check_folder(os.path.dirname(path))
                 write_jsonl(path, [settings, *rows])
@@ -255,7 +250,7 @@ if __name__ == "__main__":
     if is_rank0():
         results += averages(results) if len(jobs) > len(models) else []
         text = results_table(results)
-        write_json(f"{home}/results.json", results)
+        write_whole(f"{home}/results.json", json.dumps(results, indent=1))
         write_whole(f"{home}/results.md", text)
         print0(f"\n{text}\nalso in {home}/results.md")
     dist.barrier()

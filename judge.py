@@ -1,8 +1,7 @@
-"""DaGRPO's judge: scores in [1, 10] for responses, against a demonstration of the same problem.
+"""DaGRPO's judge (arXiv 2512.06337): scores of responses, 1 to 10, against a demonstration.
 
 "rubric" compares numbers; "http://host:port/v1" asks an OpenAI-compatible server (vLLM, GPT-4o);
-"random" draws a score, the control. Noise on a judge's scores says how good it must be.
-arXiv 2512.06337 has the criteria; PROMPT is ours."""
+"random" draws a score, the control. Noise on a judge's scores says how good it must be."""
 import hashlib
 import os
 import re
@@ -100,7 +99,7 @@ def rubric_score(row, text, reward, truncated):
 
 def connect(url):
     """A client of a server, which JUDGE_API_KEY is for."""
-    key = os.environ.get("JUDGE_API_KEY", "none")
+    key = os.environ.get("JUDGE_API_KEY") or "none"
     return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=1)
 
 
@@ -120,9 +119,8 @@ def open_judge(judge, judge_model):
 
 
 def ask_server(url, model, prompts, temperature):
-    """A server's replies to prompts, in order, None for one that was cut off or failed; CONCURRENCY
-    requests at a time. After FAILURES in a row it is taken for gone: a dead one costs a few
-    time-outs and not one for each prompt."""
+    """A server's replies to prompts, in order, None for one cut off or failed; CONCURRENCY at once.
+    After FAILURES in a row it is taken for gone: a dead one costs few time-outs, not one each."""
     server = connect(url)
     failures = 0
 
@@ -176,9 +174,8 @@ def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, ca
                     out_dir=None, on_full_disk="stop"):
     """Set the score (G,) of the groups that have a demonstration by a local judge or an address.
     All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
-    file of out_dir. judge_noise: its standard deviation in points; scores stay in [1, 10]. Returns
-    counts: different responses (asked), groups that are trained without masks since they lack a
-    score (groups_failed) or a demonstration (without_demo)."""
+    file of out_dir. judge_noise: standard deviation, points; scores stay in [1, 10]. Counts:
+    different responses asked, groups without masks for lack of a score, or of a demonstration."""
     shown = [g for g in groups if g.row.get("solution")]
     if judge == "rubric":
         scores = [map(partial(rubric_score, g.row), g.texts, g.reward, g.truncated) for g in shown]

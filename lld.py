@@ -1,5 +1,4 @@
-"""Lazy Likelihood Displacement: what one update does to the likelihood of right answers, the
-analysis of [NTHR] (arXiv 2505.18830), sections 4 and 5.
+"""Lazy Likelihood Displacement: the analysis of [NTHR] (arXiv 2505.18830), sections 4 and 5.
 
     python lld.py config/lld_quickstart.py      SmolLM2-135M on arithmetic, 2 CPU cores: make lld
     torchrun --nproc_per_node=4 lld.py config/lld_qwen15b_math.py     four GPUs share the questions
@@ -32,7 +31,7 @@ from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
 from plot import save_figure, subplots, write_page
-from runs import check_folder, write_json, write_jsonl, write_whole
+from runs import check_folder, write_jsonl, write_whole
 
 # the questions and their responses; a change of one of these samples anew
 model = "models/SmolLM2-135M-Instruct"  # Hugging Face folder or hub id
@@ -70,8 +69,7 @@ activation_checkpointing = False
 config = configure(globals())
 
 check(
-    config, advantages.CHOICES | losses.CHOICES | dict(
-        variants=_measured, split=("train", "test")),
+    config, advantages.CHOICES | losses.CHOICES | dict(variants=_measured, split=("train", "test")),
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
      ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
@@ -238,7 +236,7 @@ if is_rank0():
     for name, (mean, low, high) in sorted(summary.items()):
         rows.append([name, f"{mean:.4f}", f"{low:.4f} to {high:.4f}"])
     text = table(rows)
-    write_json(f"{out_dir}/summary.json", summary)
+    write_whole(f"{out_dir}/summary.json", json.dumps(summary, indent=1))
     write_whole(f"{out_dir}/summary.md", text)
     page()
     picture()

@@ -14,12 +14,11 @@ CHOICES = dict(  # of settings: the values that they may have
 
 
 def set_weights(groups, loss_norm="group", max_response_tokens=1):
-    """Set weight (G,), of each response's tokens in the loss, and update_tokens of groups: all of
-    an update, on all ranks. The loss is the weighted sum over micro-batches and ranks.
+    """Set weight (G,), of each response's tokens in the loss, and update_tokens of an update's
+    groups, those of all ranks. The loss is the weighted sum over micro-batches and ranks.
     loss_norm "group": 1 / (tokens of the group x groups), [NTHR] eq. 1. "response": 1 / (tokens of
-    the response x responses of the group x groups), GRPO's first form and [GSPO]. "token": 1 /
-    tokens of the update, [DAPO]. "constant": 1 / (responses of the group x max_response_tokens x
-    groups), [DrGRPO], [DaGRPO]."""
+    the response x responses x groups), GRPO's first form and [GSPO]. "token": 1 / tokens of the
+    update, [DAPO]. "constant": 1 / (responses x max_response_tokens x groups), [DrGRPO]."""
     update_tokens = sum(sum(g.lengths) for g in groups)
     for g in groups:
         tokens, size = np.array(g.lengths), len(g.responses)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from advantages import response_advantages
 from data import accuracy, of_ranks
 
 
@@ -55,24 +56,19 @@ class Figures:
 
 
 def rollout_figures(groups, sampled, wasted, step, anchor_texts):
-    """Figures of a step's groups: accepted, and sampled in all; wasted: prompts (sample_batch).
+    """Figures of a step's groups: accepted (trained on), and sampled in all; wasted: prompts.
     anchor_texts: {problem: {text: the step that it is of}}."""
     def of_rollouts(groups, field):  # demonstrations do not count
         return np.concatenate([[], *(np.array(getattr(g, field))[~g.is_anchor] for g in groups)])
 
     tokens, kept = of_rollouts(sampled, "lengths"), of_rollouts(groups, "lengths").sum()
     row = {
-        "reward/accuracy": accuracy(sampled),
-        "reward/mean": accuracy(groups, "reward"),  # of those trained on
-        "rollout/groups_sampled": len(sampled),
-        "rollout/groups_kept": len(groups),
-        "rollout/response_tokens": int(kept),
-        "rollout/tokens_dropped": int(tokens.sum() - kept),
-        "rollout/prompts_wasted": wasted,
-        "rollout/mean_length": tokens.mean(),
+        "reward/accuracy": accuracy(sampled), "reward/mean": accuracy(groups, "reward"),
+        "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
+        "rollout/response_tokens": int(kept), "rollout/tokens_dropped": int(tokens.sum() - kept),
+        "rollout/prompts_wasted": wasted, "rollout/mean_length": tokens.mean(),
         "rollout/truncated": of_rollouts(sampled, "truncated").mean(),
-        "rollout/anchor_share": np.mean([g.is_anchor.any() for g in sampled]),
-    }
+        "rollout/anchor_share": np.mean([g.is_anchor.any() for g in sampled])}
     hard = [not g.right.any() for g in groups if g.is_anchor.any()]
     ages = [step - anchor_texts.get(g.row["problem"], {}).get(text, np.nan) for g in groups
             for text, is_anchor in zip(g.texts, g.is_anchor) if is_anchor]
@@ -91,24 +87,17 @@ def note_anchors(figures, group, old):
         figures.mean("anchor/unlikely", old.logp < math.log(0.01), where=anchor)
 
 
-def eval_figures(groups):
-    """Figures of an evaluation's groups."""
-    lengths = [n for g in groups for n in g.lengths]
-    return {"eval/accuracy": accuracy(groups), "eval/mean_length": np.mean(lengths),
-            "eval/truncated": np.mean([g.truncated for g in groups])}
-
-
-def samples(groups, step, tokenizer, advantages):
-    """What samples.jsonl shows of groups, which all ranks hold; they call together. Of each token
-    what its rank said, where the group was trained on. advantages: (G,) of each group."""
+def samples(groups, step, tokenizer, of_response):
+    """What samples.jsonl shows of groups, of tokens what ranks said that trained on them. All call.
+    of_response: settings of response_advantages."""
     mine = {i: g.of_tokens.double().round(decimals=4).tolist() for i, g in enumerate(groups)
             if g.of_tokens is not None}
     of_tokens = {i: x for of_rank in of_ranks(mine) for i, x in of_rank.items()}
     return [{"step": step, "problem": g.row["problem"], "answer": g.row["answer"],
-             "prompt": tokenizer.decode(g.prompt), "responses": g.texts,
+             "prompt": tokenizer.decode(g.prompt), "responses": g.texts, "lengths": g.lengths,
              "reward": g.reward.tolist(), "truncated": g.truncated.tolist(),
              "is_anchor": g.is_anchor.tolist(), "score": g.score.tolist(),
-             "advantage": advantages[i].tolist(), "lengths": g.lengths,
+             "advantage": response_advantages(g, **of_response).tolist(),
              "tokens": tokenizer.batch_decode([*zip(np.concatenate(g.responses).tolist())]),
              **dict(zip(("logp", "entropy", "token_advantage"), of_tokens.get(i, ())))}
             for i, g in enumerate(groups)]

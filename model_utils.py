@@ -3,15 +3,13 @@
 Packing. The responses of some groups become micro-batches of trees: a prompt once, then the
 responses that share it; what all prompts of a micro-batch begin with (few-shot examples) stands
 before them, once. Tokens see what leads to them, nothing else, and position ids count along that
-way, so that the numbers are those of each prompt + response alone, without padding and with
-nothing computed twice.
+way: the numbers are those of each prompt + response alone, nothing is padded or computed twice.
 
     prompts [7 8 9] with responses [1 2] and [3], [7 8 6] with response [4]:
     input_ids  7 8 | 9 | 1 2 | 3 | 6 | 4    six segments: the common prefix, a prompt's rest, ...
     position   0 1   2   3 4   3   2   3
     predicts         2 3 2 6                the states that predict response tokens 1, 2, 3, 4
-    targets          1 2 3 4
-"""
+    targets          1 2 3 4"""
 import ctypes
 import os
 import signal
@@ -210,16 +208,14 @@ def pack(groups):
     lengths = [n for g in groups for n in g.lengths]
     sizes = [*map(len, ids)]
     return MicroBatch(
-        input_ids=joined(ids)[None],
-        position_ids=joined(positions)[None],
-        predicts=joined(predicts),
+        input_ids=joined(ids)[None], position_ids=joined(positions)[None],
+        predicts=joined(predicts), kv_index=joined(keys),
         targets=joined([r for g in groups for r in g.responses]),
         response=joined([np.repeat(np.arange(len(lengths)), lengths)]),
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
         weight=joined([np.repeat(g.weight, g.lengths) for g in groups], torch.float32),
         is_anchor=joined([np.repeat(g.is_anchor, g.lengths) for g in groups], torch.bool),
         right=joined([g.right for g in groups], torch.bool),
-        kv_index=joined(keys),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),
         max_q=max(sizes), max_k=max(map(len, keys)), prefix=prefix, spans=spans,
@@ -364,9 +360,8 @@ class Policy(torch.nn.Module):
                 layer.compile(dynamic=True)
 
     def forward(self, batch, temperature, adapted=True):
-        """(logp (n,), entropy (n,), h (n, d), lse (n,)) of a MicroBatch's response tokens.
-        All at `temperature`; only logp carries a gradient. h and lse: see advantages.Old. adapted:
-        with LoRA's adapters, or as the model was without them."""
+        """(logp (n,), entropy (n,), h (n, d), lse (n,)) of a MicroBatch's response tokens: Old's.
+        At `temperature`; only logp has a gradient. adapted: with LoRA's adapters, or without."""
         for layer in self.adapters:
             layer.set_scale("default", float(adapted))
         device = batch.input_ids.device.type
@@ -424,7 +419,7 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False,
         get_peft_model(model, config)  # in place
         if resumed:
             adapters = torch.load(f"{resumed}/adapters.pt", weights_only=True)
-            model.load_state_dict(adapters, strict=False)
+            assert not model.load_state_dict(adapters, strict=False).unexpected_keys
     if activation_checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     return Policy(model.to(device), compute_dtype)

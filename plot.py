@@ -1,8 +1,7 @@
-"""Pictures, as PNG: the curves of a run, several runs together; and a page to look at a run.
+"""Pictures of runs: curves, of several runs together, and a page of each to look at.
 
-    python plot.py out/a out/b ...     runs that differ in their seed alone become one curve: mean,
-                                       and a band from the lowest to the highest seed; runs.png,
-                                       and of each run report.html: settings, curves, samples"""
+    python plot.py out/a out/b ...    runs.png: runs that differ in their seed alone are one curve,
+                                      a band over seeds. report.html: settings, curves, samples"""
 import ast
 import base64
 import json
@@ -15,7 +14,7 @@ import seaborn
 from matplotlib.figure import Figure
 
 from configurator import die
-from runs import read_json, read_rows, write_whole
+from runs import read_rows, write_whole
 
 # The panels: title, and the keys of metrics.jsonl that it shows; of several runs the first alone.
 PANELS = """\
@@ -47,7 +46,7 @@ def read_runs(folders):
     configs, runs = [], []
     for folder in folders:
         try:
-            configs.append(read_json(f"{folder}/run_config.json"))
+            configs.append(json.loads(Path(folder, "run_config.json").read_text()))
             runs.append(read_rows(folder) or die(f"{folder}: a run without a row"))
         except (OSError, ValueError) as e:
             die(f"{folder}: not a run with run_config.json and metrics.jsonl: {e}")
@@ -95,8 +94,8 @@ def report(folder):
     script = ast.parse(Path(__file__).with_name("train.py").read_text(encoding="utf-8"))
     defaults = {ast.unparse(node.targets[0]): ast.unparse(node.value)
                 for node in script.body if isinstance(node, ast.Assign)}
-    settings = {key: value for key, value in read_json(f"{folder}/run_config.json").items()
-                if repr(value) != defaults.get(key)}
+    settings = json.loads(Path(folder, "run_config.json").read_text())
+    settings = {key: x for key, x in settings.items() if repr(x) != defaults.get(key)}
     samples = read_rows(folder, "samples")
     while len(samples) > 1 and len(json.dumps(samples)) > 4_000_000:
         samples = samples[::-2][::-1]  # the newest stays

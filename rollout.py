@@ -35,7 +35,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import Group, choose_anchors, data_index, encode_anchor, mixed, of_ranks, with_anchors
+from data import Group, choose_anchors, data_order, encode_anchor, mixed, of_ranks, with_anchors
 from grader import grade_all
 from model_utils import plain_weights
 
@@ -102,13 +102,12 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                  reward=None, reward_seconds=2.0):
     """Groups of graded responses until `prompts_per_step` of them are `wanted` ([DAPO]).
 
-    Prompts come in the data order, a fresh shuffle an epoch, along which `position` (prompts, all
-    ranks) counts. In work at once are `oversample` times the missing ones (inf: as many as fill
-    the engines). Accepted are the first in the order of issue, whichever finished first, so that
-    short responses are not favoured; the rest is aborted, and its prompts, behind the new position,
-    are met again. After max_rounds x prompts_per_step prompts: what there is. Without
-    dynamic_sampling every group is accepted. A response depends on seed, its prompt's position and
-    its own number. Temperature 0 is greedy.
+    Prompts come in the data order, along which `position` (prompts, all ranks) counts. In work at
+    once are `oversample` times the missing ones (inf: as many as fill the engines). Accepted are
+    the first in the order of issue, whichever finished first, so that short responses are not
+    favoured; the rest is aborted, and its prompts, behind the new position, are met again. After
+    max_rounds x prompts_per_step prompts: what there is. Without dynamic_sampling every group is
+    accepted. A response depends on seed, its prompt's position and its number. 0 is greedy.
 
     anchors: at most so many demonstrations (data.choose_anchors) take the places of rollouts if the
     problem has some, or only if no rollout is correct (anchor_hard_only), before the group is
@@ -126,7 +125,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     max_prompts = int(max_rounds * prompts_per_step)
     order = range(max_prompts)
     if shuffle:
-        order = [data_index(position + i, len(problems), seed) for i in order]
+        order = data_order(position, max_prompts, len(problems), seed)
     # vLLM counts a request's seeds on from the first: prompts are kept apart
     seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]
     joining = [choose_anchors(problems[p]["problem"], anchor_texts, anchors, anchor_share, seed)

@@ -37,16 +37,6 @@ def to_disk(path):
     os.close(file)
 
 
-def write_json(path, value):
-    """Write a value as JSON, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1))
-
-
-def read_json(path):
-    """The value in a JSON file."""
-    return json.loads(Path(path).read_text())
-
-
 def write_jsonl(path, rows):
     """Write rows as JSON Lines, whole or not at all."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -65,8 +55,8 @@ def or_say_so(out_dir, what, on_full_disk):
 
 
 def check_space(out_dir, model):
-    """Raise OSError if there is no room for a checkpoint, weights and two moments."""
-    need = 3 * sum(p.nbytes for p in model.parameters())
+    """Raise OSError if there is no room for a checkpoint: weights, and moments of the trained."""
+    need = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
     if shutil.disk_usage(out_dir).free < need:
         raise OSError(f"it takes {need / 2**30:.2f} GiB")
 
@@ -93,8 +83,9 @@ def read_rows(out_dir, name="metrics"):
     """Rows of a file that a run logs to, without those that are cut off or damaged; or none."""
     path, rows = Path(out_dir, f"{name}.jsonl"), []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError):
-            rows.append(dict(json.loads(line)))
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
     return rows
 
 
@@ -144,12 +135,12 @@ def open_run(out_dir, config, start=None):
     start: the checkpoint that is resumed, (folder, state): settings that differ are printed, rows
     that will come again leave metrics.jsonl and samples.jsonl. None: all of an earlier run goes."""
     if start:
-        before = read_json(f"{start[0]}/run_config.json")
+        before = {"lora_rank": 0} | json.loads(Path(start[0], "run_config.json").read_text())
         for key, value in json.loads(json.dumps(config)).items():
             if before.get(key) != value and key != "resume":
                 print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
-        if before.get("lora_rank", 0) != config.get("lora_rank", 0):
-            die("lora_rank: is another one in the checkpoint to resume from")
+                if key == "lora_rank" or key == "model" and config.get("lora_rank"):
+                    die(f"{key}: adapters are resumed with the rank, and on the model, of before")
         prune(out_dir, start[0], config["keep_ckpts"])  # a kill may have left one too many
     old = free_name(f"{out_dir}/old_")
     there = [p for name in OURS for p in glob.glob(f"{glob.escape(out_dir)}/{name}")]
@@ -159,18 +150,13 @@ def open_run(out_dir, config, start=None):
             os.rename(path, f"{old}/{os.path.basename(path)}")
         elif path.endswith(LOGS):
             shutil.copy(path, old)
-            if path.endswith(".jsonl"):
-                drop_later_rows(out_dir, Path(path).stem, start[1]["step"])
+            if path.endswith(".jsonl"):  # the step's evaluation, after its own row, comes again
+                rows = read_rows(out_dir, Path(path).stem)
+                write_jsonl(path, [row for row in rows if (
+                    row["step"], "eval/accuracy" in row) < (start[1]["step"], True)])
     if there and start is None:
         print0(f"{out_dir} held a run; it is now in {old}")
-    write_json(f"{out_dir}/run_config.json", config)
-
-
-def drop_later_rows(out_dir, name, step):
-    """Leave in a file of rows what a run that is resumed from `step` will not write again."""
-    kept = [row for row in read_rows(out_dir, name) if row["step"] < step
-            or row["step"] == step and "eval/accuracy" not in row]
-    write_jsonl(f"{out_dir}/{name}.jsonl", kept)
+    write_whole(f"{out_dir}/run_config.json", json.dumps(config, indent=1))
 
 
 # ---- checkpoints: step_000010/ is a Hugging Face folder, with the trainer's state beside it ------
@@ -206,9 +192,9 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
                 torch.save(moments, f"{tmp}/optimizer.pt")
                 if adapters:
                     torch.save(adapters, f"{tmp}/adapters.pt")
-                write_json(f"{tmp}/run_config.json", config)
+                write_whole(f"{tmp}/run_config.json", json.dumps(config, indent=1))
                 files = {name: checksum(f"{tmp}/{name}") for name in os.listdir(tmp)}
-                write_json(f"{tmp}/trainer_state.json", dict(state, files=files))
+                write_whole(f"{tmp}/trainer_state.json", json.dumps(dict(state, files=files)))
                 for name in (*files, ""):  # the last is the folder
                     to_disk(f"{tmp}/{name}")
                 shutil.rmtree(final, ignore_errors=True)
@@ -247,7 +233,7 @@ def checksum(path):
 
 def check_checkpoint(path, unread=()):
     """A checkpoint's state; raises if one of its files, but those unread, is not as written."""
-    state = read_json(f"{path}/trainer_state.json")
+    state = json.loads(Path(path, "trainer_state.json").read_text())
     for name, written in state["files"].items():
         if name not in unread and checksum(f"{path}/{name}") != written:
             raise ValueError(f"{name} is damaged")

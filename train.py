@@ -11,6 +11,7 @@ from functools import partial
 
 import rollout  # before torch, whose threads it sets
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -23,7 +24,6 @@ import runs
 from advantages import Old, response_advantages, token_advantages
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from judge import judge_all_ranks, open_judge, read_cache
-from losses import policy_loss
 from memory import held_memory, vllm_share
 from plot import plot_runs, read_runs
 
@@ -91,7 +91,7 @@ decay_steps = 0               # steps over which it falls linearly to 0; 0: it d
 weight_decay = 0.0
 grad_clip = 1.0               # largest global gradient norm; 0: no clipping
 max_bad_steps = 3             # in a row, without a finite gradient, before the run ends
-lora_rank = 0                 # train adapters of this rank in all linear layers; 0: the weights
+lora_rank = 0                 # of adapters in all linear layers but the head; 0: train the weights
 parallel = "ddp"              # over ranks: "ddp" (a copy each) or "fsdp" (FSDP2, sharded)
 compute_dtype = "auto"        # of matrix products; "auto": bfloat16 on CUDA, float32 on a CPU
 activation_checkpointing = False  # compute activations again in the backward pass
@@ -114,11 +114,9 @@ check(
         rollout_dtype=(*DTYPES, "float16"), on_full_disk=("stop", "go on")),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
-            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds "
-            "max_gap",
+            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds max_gap",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
-             "weight_decay samples_per_step tis_cap llds anchors anchor_share lora_rank "
-             "judge_noise",
+            "weight_decay samples_per_step tis_cap llds anchors anchor_share lora_rank judge_noise",
      ">= 1": "oversample seq_mask_cap", ">= 2": "group_size", "<= 9": "delta",
      "< 1": "gpu_memory_utilization", "<= 1": "entropy_share anchor_share weight_decay",
      "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
@@ -154,9 +152,8 @@ tokenizer, hf_config = data.load_tokenizer(model)
 model_utils.check_model(model, hf_config)
 if hf_config.num_attention_heads % tp:
     die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
-encode = partial(
-    data.encode_prompts, tokenizer, **settings_for(data.encode_prompts, config),
-    room=hf_config.max_position_embeddings - max_response_tokens)
+encode = partial(data.encode_prompts, tokenizer, **settings_for(data.encode_prompts, config),
+                 room=hf_config.max_position_embeddings - max_response_tokens)
 prompts, test_prompts = encode(problems), encode(test_problems, key="eval_dataset")
 context = max(map(len, prompts + test_prompts)) + max_response_tokens
 runs.check_folder(out_dir)
@@ -168,8 +165,7 @@ on_cuda = device.type == "cuda"
 world_size = dist.get_world_size()
 resumed, state = start or (None, {"step": 0, "position": 0})
 step, position = state["step"], state["position"]
-# a machine may lack a set of the hub, or have an older checkpoint
-seen = data.of_ranks((len(problems), step))
+seen = data.of_ranks((len(problems), step))  # a machine may lack a set, or the last checkpoint
 if len(set(seen)) > 1:
     die(f"dataset, resume: the ranks have different numbers of problems, or steps: {seen}")
 end = data.end_token(tokenizer, model)
@@ -223,7 +219,7 @@ of_evaluation = settings_for(rollout.generate_all_ranks, config) | {"temperature
 of_judge = settings_for(judge_all_ranks, config)
 of_response = settings_for(response_advantages, config)
 of_variant = settings_for(token_advantages, config)
-of_loss = settings_for(policy_loss, config)
+of_loss = settings_for(losses.policy_loss, config)
 
 
 def has_signal(group):
@@ -249,9 +245,8 @@ def check_gap(figures):
     """End the run, before the weights move, if vLLM does not sample from them."""
     gap = figures.all_ranks()["gap/mean"]
     if gap > max_gap:
-        print0(f"error: step {step}: vLLM's log-probabilities are {gap:.2g} nats from the trainer's"
-               f" on average, {max_gap=}: did a push miss weights (changed names, an untied head), "
-               "is rollout_dtype too coarse, does vLLM read the model's config in another way?")
+        print0(f"error: step {step}: vLLM's logp is {gap:.2g} nats from the trainer's, {max_gap=}: "
+               "did a push miss weights, is rollout_dtype coarse, is it another model to vLLM?")
         raise SystemExit(1)
 
 
@@ -271,7 +266,9 @@ def evaluate(step):
     began = time.time()
     groups = rollout.generate_all_ranks(
         engine, tokenizer, test_problems, test_prompts, n=1, **of_evaluation)
-    row = {"step": step, **metrics.eval_figures(groups), "time/eval": time.time() - began}
+    row = {"step": step, "eval/accuracy": data.accuracy(groups), "time/eval": time.time() - began,
+           "eval/mean_length": np.mean([n for g in groups for n in g.lengths]),
+           "eval/truncated": np.mean([g.truncated for g in groups])}
     if is_rank0():
         with runs.or_say_so(out_dir, f"the evaluation of step {step}", on_full_disk):
             runs.log(out_dir, metrics=[row])
@@ -352,7 +349,7 @@ while True:
                 logp, entropy, *_ = out = net(batch, temperature)
                 if not unit.early:
                     ask_old_policy(unit, [out], head, figures)
-                batch_loss = policy_loss(logp, batch, figures=figures, **of_loss)
+                batch_loss = losses.policy_loss(logp, batch, figures=figures, **of_loss)
                 (batch_loss * world_size).backward()  # gradients are averaged; the loss is a sum
                 figures.sum("train/loss", batch_loss / len(updates))
                 figures.mean("train/entropy", entropy, where=~batch.is_anchor)
@@ -378,9 +375,7 @@ while True:
     # ---- one row of figures, over all ranks
     row |= {"train/lr": lr, **figures.all_ranks(),
             **metrics.rollout_figures(groups, sampled, wasted, step, anchor_texts)}
-    shown = groups[:samples_per_step]
-    samples = metrics.samples(shown, step, tokenizer,
-                              [response_advantages(g, **of_response) for g in shown])
+    samples = metrics.samples(groups[:samples_per_step], step, tokenizer, of_response)
     answers = data.right_answers(sampled, step, anchors) if from_self else []
     data.remember(anchor_texts, answers, anchors)
     if is_rank0():

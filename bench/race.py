@@ -48,7 +48,7 @@ from configurator import check, configure, die
 from data import (
     BOXED,
     STYLES,
-    data_index,
+    data_order,
     drop_evaluated,
     encode_prompts,
     load_problems,
@@ -56,7 +56,7 @@ from data import (
 )
 from eval import bootstrap, table
 from model_utils import load_policy
-from runs import read_rows, write_json, write_jsonl, write_whole
+from runs import read_rows, write_jsonl, write_whole
 
 out_dir = "out/race"
 trl_python = ".venv-race/bin/python"  # of the environment that has TRL
@@ -210,7 +210,7 @@ def prepare():
     room = (len(problems) - fresh) // prompts
     if steps > room:
         die(f"steps: beside {fresh} fresh ones {dataset} has problems for {room}")
-    order = [problems[data_index(i, len(problems), seed)] for i in range(len(problems))]
+    order = [problems[i] for i in data_order(0, len(problems), len(problems), seed)]
     met = order[:steps * prompts]
     tokenizer, _ = load_tokenizer(model)
     ids = [p.tolist() for p in encode_prompts(tokenizer, met, dataset)]
@@ -223,7 +223,7 @@ def prepare():
         out_dir=f"{out_dir}/trl", trl_options=options, problems=met, ids=ids,
         texts=[tokenizer.decode(p) for p in ids],
         context=max(map(len, ids)) + max_response_tokens)
-    write_json(f"{out_dir}/spec.json", spec)
+    write_whole(f"{out_dir}/spec.json", json.dumps(spec, indent=1))
     return spec, room
 
 
@@ -336,6 +336,7 @@ if __name__ == "__main__":
     dist.destroy_process_group()
     text += replay_text(compared, moved)
     stem = f"{out_dir}/{'replay' if replay_only else 'race'}"
-    write_json(f"{stem}.json", result | dict(settings=config, replay=compared, movement=moved))
+    result |= dict(settings=config, replay=compared, movement=moved)
+    write_whole(f"{stem}.json", json.dumps(result, indent=1))
     write_whole(f"{stem}.md", text)
     print(f"\n{text}\nalso in {stem}.md; everything in {stem}.json")

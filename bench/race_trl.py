@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from configurator import die
 from grader import grade_all
-from runs import write_json, write_jsonl
+from runs import write_jsonl, write_whole
 
 if len(sys.argv) != 2 or not os.path.isfile(sys.argv[1]):
     die("one argument is needed, the specification that race.py writes")
@@ -192,6 +192,6 @@ write_jsonl(f"{out_dir}/samples.jsonl", samples)
 trainer.save_model(f"{out_dir}/model")
 installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
 names = ("trl", "torch", "transformers", "accelerate", "vllm")
-write_json(f"{out_dir}/result.json", dict(
+write_whole(f"{out_dir}/result.json", json.dumps(dict(
     versions={name: installed.get(name) for name in names}, vllm=vllm, options=options,
-    threads=torch.get_num_threads()))
+    threads=torch.get_num_threads()), indent=1))

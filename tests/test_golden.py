@@ -10,6 +10,7 @@ from replay import ROOT, read_groups, replay
 
 import data
 import losses
+import model_utils
 from runs import read_rows
 
 GOLDEN = json.loads((ROOT / "tests" / "golden.json").read_text())
@@ -77,6 +78,15 @@ def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, small, monkeypa
     with pytest.raises(SystemExit, match="1"):
         after(1.0, math.inf, math.nan, 1.0)
     assert "step 3: no finite gradient, 2 steps in a row" in capsys.readouterr().out
+
+
+def test_a_gap_to_vllm_ends_the_run_before_the_weights_move(tmp_path, small, monkeypatch, capsys):
+    """The recorded log-probabilities are of thirty layers, not of these four."""
+    monkeypatch.setattr(model_utils, "optimizer_step", None)
+    flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}"]
+    with pytest.raises(SystemExit, match="1"):
+        replay([GROUPS], *flags, "--max_gap=0.1", f"--out_dir={tmp_path}/out")
+    assert "from the trainer's, max_gap=0.1: did a push" in capsys.readouterr().out
 
 
 def test_right_answers_are_demonstrations_of_the_next_step(tmp_path, small):

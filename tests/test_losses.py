@@ -51,7 +51,8 @@ def test_loss_against_its_definition(form, tis_cap, kl_coef, monkeypatch):
     batch = SimpleNamespace(old_logp=old, advantage=a, weight=w, is_anchor=anchor, ref_logp=ref,
                             rollout_logp=rollout)
     logp, figures = x.clone().requires_grad_(), Figures("cpu")
-    loss = policy_loss(logp, batch, "clip", 0.1, 0.3, kl_coef, tis_cap, 0.0, form, figures)
+    loss = policy_loss(logp, batch, "clip", 0.1, 0.3, kl_coef, tis_cap, anchor_loss=form,
+                       figures=figures)
     got = torch.autograd.grad(loss, logp)[0].numpy()
     adv, log_ratio, gap, d = (v[~anchor].numpy() for v in (a, x - old, old - rollout, ref - x))
     x, a, w, anchor = (v.numpy() for v in (x, a, w, anchor))
@@ -67,8 +68,7 @@ def test_loss_against_its_definition(form, tis_cap, kl_coef, monkeypatch):
     assert kl_coef or (got[a == 0] == 0).all()  # exactly no gradient
     assert cut.sum() > 9 and (importance > 1.5).sum() > 9
     of_step = {"train/clip_fraction": cut.mean(), "train/kl_old": (ratio - log_ratio - 1).mean(),
-               "gap/mean": gap.mean(), "gap/max": gap.max(), 
-               "gap/importance": importance.mean()}
+               "gap/mean": gap.mean(), "gap/max": gap.max(), "gap/importance": importance.mean()}
     of_step |= {"train/kl": kl.mean()} if kl_coef else {}
     of_step |= {"gap/importance_cut": (importance > tis_cap).mean()} if tis_cap else {}
     assert over_ranks(monkeypatch, figures) == pytest.approx(of_step)
@@ -91,6 +91,20 @@ def make_batch(lengths, seed=0):
         old_logp=old, rollout_logp=old, advantage=a[response], weight=draw(seed + 2, n).abs(),
         is_anchor=torch.zeros(n, dtype=torch.bool), response=response, update_tokens=2 * n,
         right=a > 0)
+
+
+def test_responses_whose_importance_is_far_from_1_are_left_out(monkeypatch):
+    lengths, figures = [3, 1, 4, 2, 5], Figures("cpu")
+    logp, batch = make_batch(lengths)
+    batch.ref_logp, batch.is_anchor[8:10] = batch.old_logp + 0.1, True  # the fourth response
+    # products e^0.3, e^-1, e^0.2, of an anchor's nonsense, e^1
+    apart = [0.1, 0.1, 0.1, -1.0, 0.5, -0.3, 0.5, -0.5, 9.0, 9.0, 0.2, 0.2, 0.2, 0.2, 0.2]
+    batch.rollout_logp = batch.old_logp - torch.tensor(apart, dtype=torch.float64)
+    out, how = [1, 4], dict(kl_coef=0.1, tis_cap=2.0)
+    got = policy_loss(logp, batch, **how, seq_mask_cap=1.5, figures=figures)
+    assert over_ranks(monkeypatch, figures)["gap/responses_left_out"] == len(out)
+    batch.weight[torch.isin(batch.response, torch.tensor(out))] = 0
+    assert got == policy_loss(logp, batch, **how) and got != 0
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 1, 4, 2, 5], [1, 1, 1, 1, 1, 1]])

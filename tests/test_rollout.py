@@ -94,7 +94,7 @@ def test_dynamic_sampling_accepts_in_order(world, monkeypatch):
 
     everything, sampled, _, wasted = batch(18, dynamic_sampling=False)
     assert len(sampled) == 18 == len({g.seed for g in everything}) and wasted == 0
-    assert [g.row for g in everything] == [ROWS[data.data_index(3 + i, 7, 7)] for i in range(18)]
+    assert [g.row for g in everything] == [ROWS[i] for i in data.data_order(3, 18, 7, 7)]
     mixed = [i for i, g in enumerate(everything) if 0 < g.reward.mean() < 1]
     for want, *how in ((1, 4.0), (4, 1.0), (4, 3.0, 8), (3, np.inf, 8)):
         groups, sampled, _, wasted = batch(want, *how)

@@ -1,4 +1,5 @@
 """A run's folder, its figures and curves, and the memory it is estimated to take."""
+import json
 import math
 import os
 import socket
@@ -89,9 +90,10 @@ def fake_checkpoint(out_dir, step):
     path.mkdir()
     torch.save({0: {"exp_avg": torch.ones(3)}}, path / "optimizer.pt")
     save_file({"w": torch.ones(3)}, path / "model.safetensors")
-    runs.write_json(f"{path}/run_config.json", dict(lr=1))
+    (path / "run_config.json").write_text('{\n "lr": 1\n}')
     files = {name: runs.checksum(path / name) for name in os.listdir(path)}
-    runs.write_json(f"{path}/trainer_state.json", dict(step=step, position=9, files=files))
+    state = dict(step=step, position=9, files=files)
+    (path / "trainer_state.json").write_text(json.dumps(state))
     return path
 
 
@@ -206,6 +208,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
                                  [[0, 3], [1, 3]])}
     band = figures[0].axes[0].collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == (1, 8)
+    monkeypatch.undo()
+    hostile = {"step": 1, "problem": "</script><img src=x onerror=alert(1)>", "tokens": ["a"] * 200}
+    for _ in range(8000):  # over 8 MB
+        runs.log(out, samples=[hostile])
+    runs.log(out, samples=[hostile | {"step": 2}])
+    plot.report(out)
+    page = (tmp_path / "c" / "report.html").read_text()
+    assert "<img src=x" not in page and page.count("</script>") == 1 and len(page) < 5e6
+    data = json.loads(page.split("const data = ")[1].splitlines()[0])
+    assert data["samples"][-1]["step"] == 2 and data["samples"][0]["problem"] == hostile["problem"]
     assert "nowhere: not a run" in refused("plot.py", str(tmp_path / "nowhere"))
     assert "which runs?" in refused("plot.py")
 

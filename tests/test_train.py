@@ -8,11 +8,13 @@ import sys
 
 import rollout
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import judge
+import plot
 from metrics import step_line
 from runs import read_rows
 
@@ -74,6 +76,16 @@ def test_a_run_leaves_what_it_promises(whole):
         assert [a > 0 for a in s["advantage"]] == [r == 1 for r in s["reward"]]
         assert len(s["responses"]) == len(s["truncated"]) == 4 and s["score"] == [None] * 4
     assert (out / "curves.png").stat().st_size > 10_000
+    for s in samples:  # of every token what a page can show
+        assert "".join(s["tokens"]).startswith(s["responses"][0])
+        wanted = np.repeat(s["advantage"], s["lengths"])
+        assert s["token_advantage"] == pytest.approx(wanted, abs=1e-4)
+        assert max(s["logp"]) <= 0 <= min(s["entropy"]) and len(s["logp"]) == len(wanted)
+    plot.report(str(out))
+    page = (out / "report.html").read_text()
+    data = json.loads(page.split("const data = ")[1].splitlines()[0])
+    assert data["samples"] == samples and data["settings"]["eval_problems"] == 8
+    assert "group_size" in data["settings"] and "seed" not in data["settings"]
     assert sorted(p.name for p in out.glob("step_*")) == ["step_000001", "step_000002"]
     assert not torch.equal(*(weights(out, step)["model.norm.weight"] for step in (1, 2)))
 
