@@ -250,8 +250,11 @@ def check_gap(figures):
         raise SystemExit(1)
 
 
-def write_row(row, groups, samples, answers):
-    """Write a step's figures, its first groups, its right answers; print a line."""
+def write_row(row, groups, answers):
+    """Write a step's figures, its first groups, its right answers; print a line. All ranks call."""
+    samples = metrics.samples(groups[:samples_per_step], row["step"], tokenizer, of_response)
+    if not is_rank0():
+        return
     row |= metrics.speed_figures(row, vllm_bytes)
     alarms = metrics.find_alarms(row, runs.read_rows(out_dir))
     with runs.or_say_so(out_dir, f"step {row['step']}", on_full_disk):
@@ -292,8 +295,7 @@ while True:
         runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
                              tokenizer, optimizer, config)
     if stop:
-        print0(f"stopped by signal {stop} after step {step}; checkpoints to --resume from: "
-               f"{runs.checkpoints(out_dir)}")
+        print0(f"stopped by signal {stop} after step {step}; saved: {runs.checkpoints(out_dir)}")
         raise SystemExit(128 + int(stop))
     if due and test_problems:
         evaluate(step)
@@ -375,11 +377,9 @@ while True:
     # ---- one row of figures, over all ranks
     row |= {"train/lr": lr, **figures.all_ranks(),
             **metrics.rollout_figures(groups, sampled, wasted, step, anchor_texts)}
-    samples = metrics.samples(groups[:samples_per_step], step, tokenizer, of_response)
     answers = data.right_answers(sampled, step, anchors) if from_self else []
     data.remember(anchor_texts, answers, anchors)
-    if is_rank0():
-        write_row(row, groups, samples, answers)
+    write_row(row, groups, answers)
     bad_steps = bad_steps + 1 if row.get("train/bad_steps") else 0
     if bad_steps == max_bad_steps:
         print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints "

@@ -31,8 +31,8 @@ tokenizer, _ = load_tokenizer(model)
 batch = pack([make_group(prompt, [tokenizer(text)["input_ids"]])])
 torch.manual_seed(0)
 policy, plain = (load_policy(model, torch.float32, "cpu", lora_rank=r) for r in (rank, 0))
-for p in [*policy.parameters(), *plain.parameters()]:
-    if not p.requires_grad or p.dim() != 2 or rank not in p.shape:
+for name, p in [*policy.named_parameters(), *plain.named_parameters()]:
+    if ".lora_" not in name:
         p.data = p.data.bfloat16().float()
 start = copy.deepcopy(policy.state_dict())
 before = policy(batch, 1.0)[0].detach()

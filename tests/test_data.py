@@ -34,7 +34,7 @@ def test_sums_are_right_and_held_out_problems_are_unseen(name, size):
     assert len({tuple(sorted(row["problem"].split())) for row in train + test}) == size
 
 
-def test_data_index_visits_every_row_once_an_epoch():
+def test_data_order_visits_every_row_once_an_epoch():
     epochs = data.data_order(0, 30, 10, seed=3).reshape(3, 10).tolist()
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
     after = data.data_order(13, 9, 10, seed=3).tolist()  # a resume starts anywhere

@@ -133,6 +133,11 @@ def test_open_run_loses_nothing(tmp_path):
     assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
     runs.open_run(str(out), dict(lr=2))
     assert {*os.listdir(out)} == {"old_1", "old_2", "run_config.json"}
+    before, after = (dict(lora_rank=4, model=x) for x in "ab")
+    runs.open_run(str(out / "lora"), before)
+    for other in (after, before | dict(lora_rank=0)):
+        with pytest.raises(SystemExit, match="2"):
+            runs.open_run(str(out / "lora"), other, (str(out / "lora"), dict(step=0)))
     lock = runs.lock_folder(out)
     held = "import sys, runs; runs.lock_folder(sys.argv[1])"
     for status in (2, 0):  # the lock goes with whoever held it
@@ -210,9 +215,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
     assert (band.ymin, band.ymax) == (1, 8)
     monkeypatch.undo()
     hostile = {"step": 1, "problem": "</script><img src=x onerror=alert(1)>", "tokens": ["a"] * 200}
-    for _ in range(8000):  # over 8 MB
-        runs.log(out, samples=[hostile])
-    runs.log(out, samples=[hostile | {"step": 2}])
+    runs.log(out, samples=[hostile] * 8000 + [hostile | {"step": 2}])  # over 8 MB
     plot.report(out)
     page = (tmp_path / "c" / "report.html").read_text()
     assert "<img src=x" not in page and page.count("</script>") == 1 and len(page) < 5e6

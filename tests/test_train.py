@@ -175,6 +175,10 @@ train.py --nthr_beta=inf                         nthr_beta
 train.py --max_response_tokens=100000            context
 train.py --variant=dagrpo                        has a solution
 train.py --learning_rate=1e30                   1e+30 is not <= 0.01
+train.py --weight_decay=2                        weight_decay: 2.0 is not <= 1
+train.py --lora_rank=-1                          lora_rank: -1 is not >= 0
+train.py --max_gap=0                             max_gap: 0 is not > 0
+train.py --seq_mask_cap=0.5                      seq_mask_cap: 0.5 is not >= 1
 train.py --llds=0.2                              llds: is always 0 with one update a step
 train.py --delta=9.5                             delta: 9.5
 train.py --delta=q1.5                            delta: 'q1.5' is neither points nor a share
