@@ -3,7 +3,8 @@
 # make quickstart     train SmolLM2-135M-Instruct on sums: out/quickstart/
 # make dagrpo         train with a judge, and worked solutions as anchors: out/dagrpo_quickstart/
 # make lld            measure Lazy Likelihood Displacement: out/lld/
-# make test           run the tests
+# make test           run the tests but the slow ones, in ten minutes
+# make test-slow      whole runs that are killed and resumed, on two ranks, a study: as long again
 # make lint           run ruff
 # make bench          what NTHR adds to a step, what shared prompts save; on a GPU also MFU,
 #                     rollouts, weight push, sleep
@@ -27,7 +28,10 @@ lld: setup
 	$(BIN)/python lld.py config/lld_quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -m 'not slow'
+
+test-slow: setup
+	$(BIN)/python -m pytest -q --durations=10 -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check
@@ -84,4 +88,4 @@ $(MODEL)/config.json: .venv/ready
 	fi
 	touch $@
 
-.PHONY: quickstart dagrpo lld test lint bench race study torture versions configs-check setup
+.PHONY: quickstart dagrpo lld test test-slow lint bench race study torture versions configs-check setup

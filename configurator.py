@@ -31,12 +31,12 @@ def print0(text):
         print(text, flush=True)
 
 
-def die(message):
-    """End the program because of bad input: one line on stderr, exit code 2, no traceback.
+def die(message, code=2):
+    """End the program, because of bad input if with 2: one line on stderr, no traceback.
     On several machines each one's first rank says so: it may lack what another has."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _checked(key, value, default, where):
@@ -109,7 +109,6 @@ def configure(script_globals, argv=None):
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
         argv = sys.argv[1:]
-    argv = [*argv]
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(argv)):
         die(f"command line: {argv!r} are not UTF-8")
     defaults = {key: value for key, value in script_globals.items() if not key.startswith("_")
@@ -120,7 +119,7 @@ def configure(script_globals, argv=None):
         sys.exit(0)
     settings, flags = dict(defaults), {}
     while argv:
-        word = argv.pop(0)
+        word, *argv = argv
         if not word.startswith("--"):
             _run_file(word, settings, defaults)
             continue
@@ -135,9 +134,8 @@ def configure(script_globals, argv=None):
             value = ()
             while argv and not argv[0].startswith("--"):
                 value += (argv.pop(0),)
-        elif isinstance(default, bool):  # bare, or `--key false`
-            follows = argv and argv[0].lower() in ("true", "false")
-            value = _parse(argv.pop(0), default) if follows else True
+        elif isinstance(default, bool) and (not argv or argv[0].lower() not in ("true", "false")):
+            value = True  # bare, not `--key false`
         elif not argv or argv[0].startswith("--"):
             die(f"command line: --{key} needs a value")
         else:
@@ -155,19 +153,20 @@ def settings_for(function, config):
     return {key: config[key] for key in inspect.signature(function).parameters if key in config}
 
 
-def check(settings, known, ranges, infinite="", texts="", counts=""):
+def check(settings, known, ranges, infinite="", texts="", counts="", numbers=""):
     """End the program if a setting has a value that no run can use.
     known: {key: a tuple of the values it may have and of their types, or a list of those that the
     setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, of numbers.
-    infinite: keys that may be. texts, counts: keys of what is None or a text, or a whole number."""
+    infinite: keys that may be. texts, counts, numbers: keys of what may be None, or must be a text,
+    a whole number, a number."""
     types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
-    for keys, kind in ((texts, str), (counts, int)):
+    for keys, kind in ((texts, str), (counts, int), (numbers, float)):
         known = known | dict.fromkeys(keys.split(), (None, kind))
     for key in known.keys() & settings.keys():
         values = known[key]
         for value in settings[key] if isinstance(values, list) else (settings[key],):
-            kinds = {type(value), float} if type(value) is int else {type(value)}
-            if value not in values and not kinds & {*values}:
+            kind = type(value)  # a whole number is a number, too
+            if not (value in values or kind in values or kind is int and float in values):
                 names = ", ".join(types.get(v, str(v)) for v in values)
                 die(f"{key}: {value!r} is none of {names}")
     for key, value in settings.items():
@@ -183,6 +182,5 @@ def check(settings, known, ranges, infinite="", texts="", counts=""):
             value = settings.get(key)
             if isinstance(value, (int, float)) and not holds[sign](value, float(limit)):
                 die(f"{key}: {value!r} is not {bound}")
-    tp = settings.get("tp", 1)
-    if RANKS % tp:
-        die(f"tp: {tp} is not a divisor of {RANKS}, the ranks of a machine")
+    if RANKS % settings.get("tp", 1):
+        die(f"tp: {settings['tp']} is not a divisor of {RANKS}, the ranks of a machine")

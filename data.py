@@ -241,10 +241,10 @@ def encode_anchor(tokenizer, prompt, text, end):
     return np.array(ids + [end], np.int32)
 
 
-def with_anchors(group, texts, ids, most):
-    """The group with demonstrations (texts, and their token ids) as its last responses, correct and
-    not sampled, in place of the rollouts that would make it larger than `most`."""
-    k = len(texts)
+def with_anchors(tokenizer, group, texts, most, end):
+    """The group with demonstrations, texts, as its last responses, correct and not sampled, in
+    place of the rollouts that would make it larger than `most`. end: as of `end_token`."""
+    k, ids = len(texts), [encode_anchor(tokenizer, group.prompt, text, end) for text in texts]
     added = Group(group.row, group.prompt, ids, [np.zeros_like(x, np.float32) for x in ids], texts,
                   np.ones(k, np.float32), is_anchor=np.full(k, True))
     both = {}

@@ -73,6 +73,7 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
 
     if figures:
         gap = log_importance.abs()
+        figures.sum("train/tokens", sampled)
         figures.mean("train/clip_fraction", clipped > plain, where=sampled)
         figures.mean("train/kl_old", kl_k3(old_logp, logp.detach()), where=sampled)
         figures.mean("gap/mean", gap, where=sampled)

@@ -11,6 +11,7 @@ way: the numbers are those of each prompt + response alone, nothing is padded or
     predicts         2 3 2 6                the states that predict response tokens 1, 2, 3, 4
     targets          1 2 3 4"""
 import ctypes
+import itertools
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -20,13 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
+from transformers import AttentionInterface, AutoModelForCausalLM, logging
 
 from configurator import die
 from data import Group, of_ranks
@@ -73,7 +71,7 @@ class MicroBatch:
     max_q: int
     max_k: int
     prefix: int                 # tokens of the common prefix, the first of T
-    spans: list                 # [(start, end)] in T: the prefix, then trees, short ones together
+    spans: list                 # tokens of each part of T: the prefix, trees, short ones together
     segment: torch.Tensor       # (2, T) int32, each token's segment, and its prompt's
     update_tokens: int          # response tokens of the update, on all ranks
     # from the policy that sampled, before the weights move: train.ask_old_policy
@@ -106,40 +104,35 @@ def pack_units(groups, tokens_per_micro_batch, device="cpu"):
     A group is cut only if it is over the budget (packed tokens) by itself, and then between
     responses; a response that is over it makes a micro-batch alone."""
     prefix = common_prefix([g.prompt for g in groups])
-    shared, room = [], 0  # the groups of each unit; tokens left in the last one
-    for group in groups:
-        size = len(group.prompt) - prefix + sum(group.lengths)
-        if size > room:
-            shared.append([])
-            room = tokens_per_micro_batch - prefix
-        shared[-1].append(group)
-        room -= size
+    sizes = [len(g.prompt) - prefix + sum(g.lengths) for g in groups]
     units = []
-    for whole in shared:
+    for first, stop in portions(sizes, tokens_per_micro_batch - prefix):
+        whole = groups[first:stop]
         parts = [whole]
         if len(whole) == 1:
-            parts = [[part] for part in cut(whole[0], tokens_per_micro_batch)]
+            [group] = whole
+            room = tokens_per_micro_batch - len(group.prompt)
+            parts = [[group.part(*ends)] for ends in portions(group.lengths, room)]
         units.append(Unit(whole, [pack(p).to(device) for p in parts], early=len(parts) > 1))
     return units
 
 
-def cut(group, tokens_per_micro_batch):
-    """A group as parts, groups too, of as many responses as fit, one at least: a list."""
+def portions(sizes, room):
+    """Items of some sizes in runs of as many as fit into `room`, one at least: (first, stop)s."""
     starts, used = [], np.inf
-    for i, n in enumerate(group.lengths):
-        if used + n > tokens_per_micro_batch - len(group.prompt):
+    for i, size in enumerate(sizes):
+        if used + size > room:
             starts.append(i)
             used = 0
-        used += n
-    return [group.part(*ends) for ends in zip(starts, [*starts[1:], None])]
+        used += size
+    return zip(starts, [*starts[1:], None])
 
 
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     """This rank's share of an update's groups, which all ranks hold: a list of Unit, never empty.
     moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
     many forward passes on all ranks, before the weights move and after: fillers make up for it."""
-    share = deal(groups, dist.get_world_size())[dist.get_rank()]
-    units = pack_units(share, tokens_per_micro_batch, device)
+    units = pack_units(deal(groups), tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
     most = np.max([(0, 1), *of_ranks(passes)], axis=0)
     for early, missing in zip((True, False), most - passes):
@@ -152,24 +145,21 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
 NOTHING = Group({}, np.zeros(1), [], [], [], np.zeros(0))  # a filler's
 
 
-def deal(groups, world_size):
-    """Groups dealt to ranks so that each gets about as many tokens: a list of groups per rank."""
+def deal(groups):
+    """This rank's share of groups, in their order. Each rank gets about as many tokens."""
     sizes = np.array([len(g.prompt) + sum(g.lengths) for g in groups])
-    load, shares = np.zeros(world_size), [[] for _ in range(world_size)]
+    load, owner = np.zeros(dist.get_world_size()), {}
     for i in np.argsort(-sizes, kind="stable"):
-        rank = load.argmin()
-        load[rank] += sizes[i]
-        shares[rank].append(i)
-    return [[groups[i] for i in sorted(share)] for share in shares]
+        owner[i] = load.argmin()
+        load[owner[i]] += sizes[i]
+    return [group for i, group in enumerate(groups) if owner[i] == dist.get_rank()]
 
 
 def common_prefix(prompts):
     """How many tokens all prompts begin with, leaving each one of its own; 0 for one prompt."""
-    if len(prompts) < 2:
+    if len(prompts) == 1:
         return 0
-    shortest = min(map(len, prompts)) - 1
-    same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
-    return int(same.cumprod().sum())  # of the first ones
+    return len(os.path.commonprefix([p[:-1].tolist() for p in prompts]))  # it takes lists, too
 
 
 SDPA_TOKENS = 256  # shorter trees share a call of SDPA: fewer calls for a little more work
@@ -194,27 +184,26 @@ def pack(groups):
     before = np.arange(0)
     if prefix:
         before = add(groups[0].prompt[:prefix], before, 0)
-        spans.append((0, prefix))
+        spans.append(prefix)
     for group in groups:
         root = len(parents)
         path = add(group.prompt[prefix:], before, root)
         for tokens in group.responses:
             seen = add(tokens, path, root)
             predicts.append(seen[len(path) - 1:-1])
-        start, end = spans[-1][1] if spans else 0, sum(map(len, ids))
-        if end - start >= SDPA_TOKENS or group is groups[-1]:
-            spans.append((start, end))
+        size = sum(map(len, ids)) - sum(spans)
+        if size >= SDPA_TOKENS or group is groups[-1]:
+            spans.append(size)
 
-    lengths = [n for g in groups for n in g.lengths]
+    response = torch.repeat_interleave(joined([g.lengths for g in groups]))  # of each token
     sizes = [*map(len, ids)]
     return MicroBatch(
         input_ids=joined(ids)[None], position_ids=joined(positions)[None],
         predicts=joined(predicts), kv_index=joined(keys),
         targets=joined([r for g in groups for r in g.responses]),
-        response=joined([np.repeat(np.arange(len(lengths)), lengths)]),
         rollout_logp=joined([x for g in groups for x in g.rollout_logp], torch.float32),
-        weight=joined([np.repeat(g.weight, g.lengths) for g in groups], torch.float32),
-        is_anchor=joined([np.repeat(g.is_anchor, g.lengths) for g in groups], torch.bool),
+        weight=joined([g.weight for g in groups], torch.float32)[response],
+        is_anchor=joined([g.is_anchor for g in groups], torch.bool)[response], response=response,
         right=joined([g.right for g in groups], torch.bool),
         cu_q=joined([[0], np.cumsum(sizes)], torch.int32),
         cu_k=joined([[0], np.cumsum([len(k) for k in keys])], torch.int32),
@@ -235,10 +224,11 @@ def tree_masks(batch):
     A token sees its own segment and its prompt's, not the future, and all of the prefix. None for
     the prefix itself, which is plain causal."""
     masks = []
-    for start, end in batch.spans:
-        own, prompt = batch.segment[:, start:end]
+    for own, prompt in batch.segment.split(batch.spans, dim=1):
         sees = ((own[:, None] == own) | (prompt[:, None] == own)).tril()
-        masks.append(None if end == batch.prefix else F.pad(sees, (batch.prefix, 0), value=True))
+        masks.append(F.pad(sees, (batch.prefix, 0), value=True))
+    if batch.prefix:
+        masks[0] = None
     return masks
 
 
@@ -261,9 +251,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     # split, not slices: the backward pass of a slice fills a tensor of all T tokens
-    lengths = [end - start for start, end in layout.spans]
     out = []
-    for mask, q, k, v in zip(masks, *(x.split(lengths, dim=2) for x in (query, key, value))):
+    for mask, q, k, v in zip(masks, *(x.split(layout.spans, dim=2) for x in (query, key, value))):
         if mask is None:
             prefix = k, v
         elif layout.prefix:
@@ -275,7 +264,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
 
 GROUPED = {} if torch.__version__ < "2.12" else dict(enable_gqa=True)  # torch 2.11 need not be told
 AttentionInterface.register("packed", packed_attention)
-transformers_logging.disable_progress_bar()
+logging.disable_progress_bar()
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------
@@ -331,17 +320,16 @@ class HeadLogprob(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         grad = -grad / ctx.temperature
         of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1, not p
-        for a in range(0, len(h), ctx.chunk):
-            rows = slice(a, a + ctx.chunk)
-            d = head_errors(h[rows], w, lse[rows], grad[rows], ctx.temperature)
-            d.scatter_(-1, targets[rows, None], of_target[rows, None])
-            dh[rows] = d @ w
+        of_rows = (h, lse, grad, targets[:, None], of_target[:, None], dh)
+        for x, lse_x, grad_x, y, error, dx in zip(*(t.split(ctx.chunk) for t in of_rows)):
+            d = head_errors(x, w, lse_x, grad_x, ctx.temperature).scatter_(-1, y, error)
+            torch.mm(d, w, out=dx)
             if dw is None:  # LoRA leaves the head alone
                 continue
             if d.is_cuda and d.dtype != dw.dtype:
-                torch.addmm(dw, d.T, h[rows], dw.dtype, out=dw)
+                torch.addmm(dw, d.T, x, dw.dtype, out=dw)
             else:
-                dw.addmm_(d.T.to(dw.dtype), h[rows].to(dw.dtype))
+                dw.addmm_(d.T.to(dw.dtype), x.to(dw.dtype))
         return dh, dw, None, None, None
 
 
@@ -415,13 +403,13 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False,
         path, dtype=compute_dtype if lora_rank else param_dtype, attn_implementation="packed")
     if lora_rank:
         # alpha does not grow with the rank: nor does the best learning rate, then
-        config = LoraConfig(r=lora_rank, lora_alpha=32, target_modules="all-linear")
-        get_peft_model(model, config)  # in place
+        get_peft_model(model, LoraConfig(  # in place
+            r=lora_rank, lora_alpha=32, target_modules="all-linear"))
         if resumed:
             adapters = torch.load(f"{resumed}/adapters.pt", weights_only=True)
             assert not model.load_state_dict(adapters, strict=False).unexpected_keys
     if activation_checkpointing:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.gradient_checkpointing_enable()
     return Policy(model.to(device), compute_dtype)
 
 
@@ -431,18 +419,18 @@ def parallelize(policy, parallel, device):
     """Wrap for training: "ddp" (a copy a rank) or "fsdp" (FSDP2, sharded). Called like a Policy.
     Gradients come out averaged over ranks, so a loss that is a sum over ranks is to be multiplied
     by the world size. fsdp moves a policy from the CPU layer by layer: no GPU ever holds it."""
+    frozen = not any(p.requires_grad for p in policy.parameters())
     if parallel == "ddp":
-        if dist.get_world_size() == 1:
+        if frozen or dist.get_world_size() == 1:
             return policy
         # no buffer ever changes; gradients live in the buckets that are reduced, not beside them
         return DistributedDataParallel(
             policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for layer in policy.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     # without a backward pass nothing else would shard the embedding and the head again
-    frozen = not any(p.requires_grad for p in policy.parameters())
     return fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=frozen)
 
 
@@ -463,6 +451,24 @@ def optimizer_step(net, optimizer, grad_clip):
     return norm
 
 
+def trained_tensors(optimizer):
+    """This rank's part of the weights that are trained, then of their moments, if there are any."""
+    params = [p for p in optimizer.param_groups[0]["params"] if p.requires_grad]
+    moments = [x for p in params for x in optimizer.state[p].values()]
+    return [(x.to_local() if hasattr(x, "to_local") else x).detach() for x in params + moments]
+
+
+def snapshot(optimizer):
+    """Copies of `trained_tensors` in host memory, for `put_back`."""
+    return [x.to("cpu", copy=True) for x in trained_tensors(optimizer)]
+
+
+def put_back(optimizer, before):
+    """Make weights and moments what they were at a snapshot."""
+    for x, kept in itertools.zip_longest(trained_tensors(optimizer), before):
+        x.zero_() if kept is None else x.copy_(kept)  # moments begin as 0
+
+
 def full(tensor):
     """The whole tensor of an FSDP shard (all ranks call together), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

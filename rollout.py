@@ -15,18 +15,15 @@ from pathlib import Path
 
 from configurator import CORES, RANKS, die, is_rank0
 
-# Read by torch when it is imported, so scripts import this module first. Threads on a CPU: this
-# rank's share of the cores; and none that spins for long, since torch and vLLM take turns.
+# Read by torch and vLLM when they are imported, so scripts import this module first. Threads on a
+# CPU: this rank's share of the cores, bound to none, and none that spins for long, since the two
+# take turns. vLLM in this process shares torchrun's process group, and its weights can be written.
 if "OMP_NUM_THREADS" not in os.environ or RANKS > 1 and os.environ["OMP_NUM_THREADS"] == "1":
     os.environ["OMP_NUM_THREADS"] = str(CORES)
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-
-# Read by vLLM when it is imported. In one process, so that the engine shares torchrun's process
-# group and its weights can be written from here; on a CPU, threads are not bound to cores.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ |= dict(
+    GOMP_SPINCOUNT="5000", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="2",  # GiB
+    VLLM_LOGGING_LEVEL="ERROR") | os.environ  # what is set already stays
 
 # isort: split
 import numpy as np
@@ -35,7 +32,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from data import Group, choose_anchors, data_order, encode_anchor, mixed, of_ranks, with_anchors
+from data import Group, choose_anchors, data_order, mixed, of_ranks, with_anchors
 from grader import grade_all
 from model_utils import plain_weights
 
@@ -119,13 +116,11 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     from vllm.sampling_params import RequestOutputKind
 
     core = engine.llm_engine
-    engines, mine = dist.get_world_size() // tp, dist.get_rank() // tp
-    grades = dist.get_rank() % tp == 0  # all ranks of an engine have its outputs, the first grades
+    engines = dist.get_world_size() // tp
+    mine, nth = divmod(dist.get_rank(), tp)  # this rank's engine, and which of its ranks it is
     room = engines * (core.vllm_config.scheduler_config.max_num_seqs // group_size + 1)
     max_prompts = int(max_rounds * prompts_per_step)
-    order = range(max_prompts)
-    if shuffle:
-        order = data_order(position, max_prompts, len(problems), seed)
+    order = data_order(position, max_prompts, len(prompts), seed) if shuffle else range(max_prompts)
     # vLLM counts a request's seeds on from the first: prompts are kept apart
     seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]
     joining = [choose_anchors(problems[p]["problem"], anchor_texts, anchors, anchor_share, seed)
@@ -134,12 +129,11 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     def grade(outputs):
         asked = [(problems[order[i]], prompts[order[i]], seeds[i], outs)
                  for i, outs in outputs.items()]
-        groups = make_groups(tokenizer, asked, reward, reward_seconds)
-        for at, (i, group) in enumerate(zip(outputs, groups)):
+        groups = dict(zip(outputs, make_groups(tokenizer, asked, reward, reward_seconds)))
+        for i, group in groups.items():
             if joining[i] and not (anchor_hard_only and group.correct.any()):
-                ids = [encode_anchor(tokenizer, group.prompt, text, end) for text in joining[i]]
-                groups[at] = with_anchors(group, joining[i], ids, group_size)
-        return zip(outputs, groups)
+                groups[i] = with_anchors(tokenizer, group, joining[i], group_size, end)
+        return groups
 
     owner = []                              # the engine of every prompt issued
     state = np.zeros(max_prompts, np.int8)  # of every prompt, the same on all ranks
@@ -147,11 +141,11 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     finished, grading = {}, []              # outputs by prompt, then futures of their groups
     engine.reset_prefix_cache()             # never another policy's keys and values
     bar = tqdm(None, "prompts", max_prompts, leave=False, disable=not is_rank0() or None)
-    with ThreadPoolExecutor(1) as grader:   # grades while the engine goes on
+    with bar, ThreadPoolExecutor(1) as grader:  # grades while the engine goes on
         while True:
             # enough?
             is_open = np.flatnonzero(state[:len(owner)] == OPEN)
-            closed = int(is_open[0]) if len(is_open) else len(owner)  # nothing before it is open
+            closed = next(iter(is_open), len(owner))  # nothing before it is open
             accepted = np.flatnonzero(state[:closed] == ACCEPTED)[:prompts_per_step]
             bar.update(closed - bar.n)
             if len(accepted) == prompts_per_step or closed == max_prompts:
@@ -176,16 +170,16 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                 for out in core.step() if core.has_unfinished_requests() else ():
                     finished[int(out.request_id)] = out.outputs
             # grade; a GPU does not wait, on a CPU runs repeat to the bit
-            grading.append(grader.submit(grade, finished if grades else {}))
+            # all ranks of an engine have its outputs, the first grades
+            grading.append(grader.submit(grade, {} if nth else finished))
             finished = {}
             waits = not (torch.cuda.is_available() and core.has_unfinished_requests())
             while grading and (waits or grading[0].done()):
-                for i, group in grading.pop(0).result():
+                for i, group in grading.pop(0).result().items():
                     graded[i] = group
                     state[i] = DROPPED if dynamic_sampling and not wanted(group) else ACCEPTED
             dist.all_reduce(torch.from_numpy(state), dist.ReduceOp.MAX)
 
-    bar.close()
     seen = int(accepted[-1]) + 1 if len(accepted) == prompts_per_step else closed
     core.abort_request([name for i, name in requests.items() if i >= seen], internal=True)
     shares = of_ranks({i: g for i, g in graded.items() if i < seen})

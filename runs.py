@@ -182,8 +182,7 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
         tmp = f"{final}.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
         if not all(w.isfinite().all() for w in weights.values()):
-            print0(f"error: {final} is not written: a weight is not finite")
-            raise SystemExit(1)
+            die(f"{final} is not written: a weight is not finite", code=1)
         with or_say_so(out_dir, final, config["on_full_disk"]):
             check_space(out_dir, model)
             try:

@@ -6,7 +6,6 @@
 
 Settings are the globals below; config files and flags override them (configurator.py)."""
 import re
-import time
 from functools import partial
 
 import rollout  # before torch, whose threads it sets
@@ -109,8 +108,7 @@ config = configure(globals())
 DTYPES = ("auto", "float32", "bfloat16")
 check(
     config, advantages.CHOICES | losses.CHOICES | dict(
-        delta=(None, float, str), gpu_memory_utilization=(None, float), max_gap=(None, float),
-        seq_mask_cap=(None, float), parallel=("ddp", "fsdp"), compute_dtype=DTYPES,
+        delta=(None, float, str), parallel=("ddp", "fsdp"), compute_dtype=DTYPES,
         rollout_dtype=(*DTYPES, "float16"), on_full_disk=("stop", "go on")),
     {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
             "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
@@ -121,7 +119,8 @@ check(
      "< 1": "gpu_memory_utilization", "<= 1": "entropy_share anchor_share weight_decay",
      "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
     infinite="nthr_beta oversample clip_high tis_cap grad_clip",
-    texts="eval_dataset system_prompt prompt reward demos judge_model", counts="max_num_seqs")
+    texts="eval_dataset system_prompt prompt reward demos judge_model", counts="max_num_seqs",
+    numbers="gpu_memory_utilization max_gap seq_mask_cap")
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
 if not re.fullmatch(r"rubric|random|https?://[^@?]+", judge):  # it is printed and saved
@@ -208,7 +207,7 @@ if resumed:
 ref = partial(net, adapted=False)  # LoRA's model without its adapters
 if kl_coef and not lora_rank:
     ref = model_utils.load_policy(model, compute, home, param_dtype=compute).requires_grad_(False)
-    ref = model_utils.parallelize(ref, "fsdp", device) if parallel == "fsdp" else ref
+    ref = model_utils.parallelize(ref, parallel, device)
 if is_rank0():
     with runs.or_say_so(out_dir, "a checkpoint", on_full_disk):
         runs.check_space(out_dir, policy.model)
@@ -243,11 +242,9 @@ def ask_old_policy(unit, outs, head, figures):
 
 def check_gap(figures):
     """End the run, before the weights move, if vLLM does not sample from them."""
-    gap = figures.all_ranks()["gap/mean"]
-    if gap > max_gap:
-        print0(f"error: step {step}: vLLM's logp is {gap:.2g} nats from the trainer's, {max_gap=}: "
-               "did a push miss weights, is rollout_dtype coarse, is it another model to vLLM?")
-        raise SystemExit(1)
+    if max_gap and (gap := figures.all_ranks()["gap/mean"]) > max_gap:
+        die(f"step {step}: vLLM's logp is {gap:.2g} nats from the trainer's, {max_gap=}: did a "
+            "push miss weights, is rollout_dtype coarse, is it another model to vLLM?", code=1)
 
 
 def write_row(row, groups, answers):
@@ -266,10 +263,9 @@ def write_row(row, groups, answers):
 
 def evaluate(step):
     """Greedy accuracy on the evaluation problems, logged and printed."""
-    began = time.time()
     groups = rollout.generate_all_ranks(
         engine, tokenizer, test_problems, test_prompts, n=1, **of_evaluation)
-    row = {"step": step, "eval/accuracy": data.accuracy(groups), "time/eval": time.time() - began,
+    row = {"step": step, "eval/accuracy": data.accuracy(groups),
            "eval/mean_length": np.mean([n for g in groups for n in g.lengths]),
            "eval/truncated": np.mean([g.truncated for g in groups])}
     if is_rank0():
@@ -281,22 +277,20 @@ def evaluate(step):
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-saved = step  # whose checkpoint is not written again
-bad_steps = 0                    # in a row
-asked = []                       # signals to end
+bad_steps = 0  # in a row
+asked = []     # signals to end
 runs.catch_signals(asked)
 while True:
     # ---- save and evaluate
-    stop = torch.tensor(asked[0][0] if asked else 0)
-    dist.all_reduce(stop, dist.ReduceOp.MAX)  # all ranks or none
+    stop = max(data.of_ranks(asked[0][0] if asked else 0))  # all ranks or none
     due = step == max_steps or eval_every and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
-    if save and step != saved:
+    if save and step != state["step"]:
         runs.save_checkpoint(out_dir, dict(step=step, position=position), policy.model,
                              tokenizer, optimizer, config)
     if stop:
         print0(f"stopped by signal {stop} after step {step}; saved: {runs.checkpoints(out_dir)}")
-        raise SystemExit(128 + int(stop))
+        raise SystemExit(128 + stop)
     if due and test_problems:
         evaluate(step)
     if step >= max_steps:
@@ -337,37 +331,38 @@ while True:
                 ask_old_policy(unit, [net(b, temperature) for b in unit.batches], head, figures)
         # FSDP wants the passes of the two models in the same order on all ranks: these are last
         for batch in [batch for unit in units for batch in unit.batches if kl_coef]:
-            batch.ref_logp, *_ = ref(batch, temperature)
+            batch.ref_logp = ref(batch, temperature)[0]
     figures.lap("old_policy")
 
     # ---- update
     rest = max(0.0, 1 - (step - 1) / decay_steps) if decay_steps else 1.0
     lr = optimizer.param_groups[0]["lr"] = learning_rate * rest * min(1, step / (warmup_steps + 1))
+    before = model_utils.snapshot(optimizer) if updates[1:] else None
     for update in updates:
         for unit in update:
             for batch in unit.batches:
                 # DDP averages gradients in the last micro-batch; FSDP adds shards up as it goes
                 net.require_backward_grad_sync = batch is update[-1].batches[-1]
-                logp, entropy, *_ = out = net(batch, temperature)
+                logp, entropy, h, _ = out = net(batch, temperature)
                 if not unit.early:
                     ask_old_policy(unit, [out], head, figures)
                 batch_loss = losses.policy_loss(logp, batch, figures=figures, **of_loss)
                 (batch_loss * world_size).backward()  # gradients are averaged; the loss is a sum
                 figures.sum("train/loss", batch_loss / len(updates))
                 figures.mean("train/entropy", entropy, where=~batch.is_anchor)
-                figures.sum("train/tokens", ~batch.is_anchor)
                 figures.sum("train/packed_tokens", batch.input_ids.numel())
                 if update is not updates[0]:  # what the updates before did to right responses
                     moved = losses.per_response(logp.detach() - batch.old_logp, batch)
                     figures.mean("displacement/mean", moved, where=batch.right)
                     figures.mean("displacement/fell", moved < 0, where=batch.right)
-        if max_gap and update is updates[0]:
-            check_gap(figures)
+        check_gap(figures)
         norm = model_utils.optimizer_step(net, optimizer, grad_clip)
         figures.mean("train/grad_norm", norm)
-        figures.max("train/bad_steps", ~norm.isfinite())  # the update was not taken
-    # vLLM wants the room
-    updates = update = units = unit = batch = out = logp = entropy = batch_loss = head = None
+        figures.max("train/bad_steps", ~norm.isfinite())
+        if before and not norm.isfinite():  # the whole step is undone
+            model_utils.put_back(optimizer, before)
+            break
+    updates = update = units = unit = batch = out = h = head = before = None  # vLLM wants the room
     figures.lap("update")
 
     # ---- sync
@@ -382,9 +377,8 @@ while True:
     write_row(row, groups, answers)
     bad_steps = bad_steps + 1 if row.get("train/bad_steps") else 0
     if bad_steps == max_bad_steps:
-        print0(f"error: step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints "
-               f"before: {runs.checkpoints(out_dir)}; groups: {out_dir}/bad_step_*.pt")
-        raise SystemExit(1)
+        die(f"step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints before: "
+            f"{runs.checkpoints(out_dir)}; groups: {out_dir}/bad_step_*.pt", code=1)
 
 if is_rank0():
     with runs.or_say_so(out_dir, "curves.png", on_full_disk):

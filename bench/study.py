@@ -46,6 +46,7 @@ seeds = "0,1,2,3,4"
 train = True                  # make the runs that are missing; False: only the tables
 problems = 512                # asked greedily
 sampled_problems = 128        # the first of them, asked 8 times at temperature 1
+against = "grpo"              # the method that the others are compared with
 out_dir = "out/study"         # of runs and pictures
 results = "docs/study"        # of what is kept
 extra = ""                    # further flags of every train.py, with spaces between
@@ -253,10 +254,11 @@ def tabulate(ground):
     methods = [m for m in METHODS if any(m == method for method, *_ in rows)]
     figures = ("greedy", "pass@1", "pass@8", "ln p of right", "fell", "length", "truncated")
     of_steps = ("train/entropy", "train/grad_norm", "displacement/mean", "displacement/fell",
-                "train/clip_fraction", "nthr/selected", "time/rollout", "time/update", "time/step")
+                "train/clip_fraction", "nthr/selected", "dagrpo/lambda_pos", "dagrpo/lambda_neg",
+                "time/rollout", "time/update", "time/step")
     values = [["method", "runs", *figures]]
     mechanism = [["mean over steps", *of_steps]]
-    gains = [["minus GRPO (95%)", "pairs", *figures[:5], "greedy that could be seen"]]
+    gains = [[f"minus {against} (95%)", "pairs", *figures[:5], "greedy that could be seen"]]
     curves = {}
     for method in ["before", *methods]:
         own = [row for (other, *_), row in rows.items() if other == method]
@@ -268,9 +270,9 @@ def tabulate(ground):
         curves[method] = [row["metrics"] for row in own]
         steps = [row for r in own for row in r["metrics"] if "time/step" in row]
         mechanism.append([method, *(f"{mean_of(steps, key):.3g}" for key in of_steps)])
-        pairs = [(row, rows["grpo", row["seed"], row["start"]]) for row in own
-                 if ("grpo", row["seed"], row["start"]) in rows]
-        if method == "grpo" or not pairs:
+        pairs = [(row, rows[against, row["seed"], row["start"]]) for row in own
+                 if (against, row["seed"], row["start"]) in rows]
+        if method == against or not pairs:
             continue
         cells = []
         for key in figures[:5]:
@@ -291,8 +293,8 @@ def tabulate(ground):
 if __name__ == "__main__":
     configure(globals())
     chosen = methods.split(",") if methods else FIRST
-    check(dict(methods=tuple(chosen), grounds=tuple(grounds.split(","))),
-          dict(methods=[*METHODS], grounds=[*GROUNDS]), {})
+    check(dict(methods=tuple(chosen), grounds=tuple(grounds.split(",")), against=against),
+          dict(methods=[*METHODS], grounds=[*GROUNDS], against=(*METHODS,)), {})
     if not all(seed.isdigit() for seed in seeds.split(",")):
         die(f"seeds: {seeds!r} is not whole numbers with commas between")
     check_folder(results)

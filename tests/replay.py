@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 import losses
 import model_utils
+import plot
 import runs
 from data import Group
 
@@ -73,11 +74,11 @@ def replay(steps, *flags, probes=()):
         per_token.extend(batch.advantage.tolist())
         return out
 
-    def optimizer_step(net, optimizer, grad_clip):
+    def optimizer_step(net, *args):
         params = {name.removeprefix("module."): p for name, p in net.named_parameters()}
         grads = [float(model_utils.full(params[name].grad)[i, j]) for name, i, j in probes
                  if name in params and params[name].grad is not None]
-        norm = given_step(net, optimizer, grad_clip)
+        norm = given_step(net, *args)
         total = torch.tensor(loss[0], dtype=torch.float64)
         dist.all_reduce(total)
         updates.append(dict(loss=total.item(), grad_norm=norm.item(), grads=grads,
@@ -94,7 +95,7 @@ def replay(steps, *flags, probes=()):
                    sleep_engine=nothing, generate_all_ranks=lambda *args, **kwargs: steps[-1]),
           replaced(losses, policy_loss=policy_loss),
           replaced(model_utils, optimizer_step=optimizer_step),
-          replaced(runs, save_checkpoint=nothing)):
+          replaced(plot, plot_runs=nothing), replaced(runs, save_checkpoint=nothing)):
         scope = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     return updates, scope["policy"]
 

@@ -57,27 +57,31 @@ def test_one_rank(name, tmp_path):
         assert got["advantages"] == pytest.approx(want["advantages"], rel=1e-5)
 
 
-def test_a_step_without_a_finite_gradient_is_not_taken(tmp_path, small, monkeypatch, capsys):
-    """And its groups are kept; after max_bad_steps in a row the run ends."""
-    flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}", "--max_bad_steps=2"]
+@pytest.mark.parametrize("updates, parallel", [(1, "ddp"), (2, "fsdp")])
+def test_a_step_without_a_finite_gradient_is_undone(tmp_path, small, monkeypatch, capsys, updates,
+                                                    parallel):
+    """Its first update, too, and its groups are kept; max_bad_steps in a row end the run."""
+    flags = [*GOLDEN["common"], f"--prompts_per_update={6 // updates}", f"--model={small}",
+             "--max_bad_steps=2", f"--parallel={parallel}"]
     policy_loss = losses.policy_loss
 
     def after(*bad):
-        calls = iter(bad)
+        calls = iter([factor for last in bad for factor in [1.0] * (updates - 1) + [last]])
         monkeypatch.setattr(losses, "policy_loss", functools.wraps(policy_loss)(
             lambda *args, **kwargs: policy_loss(*args, **kwargs) * next(calls)))
         out = tmp_path / "-".join(map(str, bad))
         _, policy = replay([GROUPS] * len(bad), *flags, f"--out_dir={out}")
-        return out, policy.state_dict()
+        return out, {name: model_utils.full(x) for name, x in policy.state_dict().items()}
 
     (out, with_bad), (_, without) = after(1.0, math.nan, 1.0), after(1.0, 1.0)
     assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
+    assert all(row["train/grad_norm"] > 0 for row in read_rows(out)[::2][:2])
     assert [row.get("train/bad_steps") for row in read_rows(out)] == [0, 1, 0, None]
     kept = torch.load(out / "bad_step_2.pt", weights_only=False)
     assert [g.row for g in kept] == [g.row for g in GROUPS]
     with pytest.raises(SystemExit, match="1"):
-        after(1.0, math.inf, math.nan, 1.0)
-    assert "step 3: no finite gradient, 2 steps in a row" in capsys.readouterr().out
+        after(math.inf, math.nan, 1.0)
+    assert "error: step 2: no finite gradient, 2 steps in a row" in capsys.readouterr().err
 
 
 def test_a_gap_to_vllm_ends_the_run_before_the_weights_move(tmp_path, small, monkeypatch, capsys):
@@ -86,7 +90,7 @@ def test_a_gap_to_vllm_ends_the_run_before_the_weights_move(tmp_path, small, mon
     flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}"]
     with pytest.raises(SystemExit, match="1"):
         replay([GROUPS], *flags, "--max_gap=0.1", f"--out_dir={tmp_path}/out")
-    assert "from the trainer's, max_gap=0.1: did a push" in capsys.readouterr().out
+    assert "from the trainer's, max_gap=0.1: did a push" in capsys.readouterr().err
 
 
 def test_right_answers_are_demonstrations_of_the_next_step(tmp_path, small):

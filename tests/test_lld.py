@@ -122,6 +122,7 @@ def test_summary_pictures_and_page(out):
     assert shown[0]["prompt"].startswith("<|im_start|>") and "<|" not in page  # nothing is a tag
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(run, out, tmp_path):
     cut = shutil.copytree(out, tmp_path / "cut")
     settings, first, _ = (out / "questions.jsonl").read_text().splitlines(keepends=True)

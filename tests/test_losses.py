@@ -68,7 +68,8 @@ def test_loss_against_its_definition(form, tis_cap, kl_coef, monkeypatch):
     assert kl_coef or (got[a == 0] == 0).all()  # exactly no gradient
     assert cut.sum() > 9 and (importance > 1.5).sum() > 9
     of_step = {"train/clip_fraction": cut.mean(), "train/kl_old": (ratio - log_ratio - 1).mean(),
-               "gap/mean": gap.mean(), "gap/max": gap.max(), "gap/importance": importance.mean()}
+               "gap/mean": gap.mean(), "gap/max": gap.max(), "gap/importance": importance.mean(),
+               "train/tokens": len(adv)}
     of_step |= {"train/kl": kl.mean()} if kl_coef else {}
     of_step |= {"gap/importance_cut": (importance > tis_cap).mean()} if tis_cap else {}
     assert over_ranks(monkeypatch, figures) == pytest.approx(of_step)

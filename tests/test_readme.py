@@ -55,6 +55,7 @@ def test_these_versions_are_those_that_were_tried(run):
     assert f"{torch.__version__.split('+')[0]}\n" in printed and "\ntried on 20" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it has more parts, for large models")
 @pytest.mark.parametrize("part", ["all", "trainer"])
 def test_bench_runs(run, tmp_path, model_dir, part):

@@ -114,6 +114,7 @@ def test_more_prompts_than_an_engine_step_has_room_for(world):
     assert [g.row for g in groups] == rows and all(g.lengths == [2, 2] for g in groups)
 
 
+@pytest.mark.slow
 def test_the_same_on_one_rank_and_two(world, run):
     here = sample(*world[:2])
     assert here[0] == 3 and here[1] > 6

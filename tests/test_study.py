@@ -22,6 +22,7 @@ def test_the_difference_is_paired_and_its_interval_is_over_seeds_and_problems():
     assert study.difference(of_seeds, 0 * of_seeds)[1] == pytest.approx(0.5 / 6**0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_two_methods_and_two_seeds_killed_and_taken_up_again(run, tmp_path):
     """The second call makes what is missing; the lines that it leaves give the tables."""
     extra = ("--max_steps=1 --prompts_per_step=4 --prompts_per_update=4 --group_size=8 "

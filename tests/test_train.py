@@ -90,6 +90,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert not torch.equal(*(weights(out, step)["model.norm.weight"] for step in (1, 2)))
 
 
+@pytest.mark.slow
 def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run, monkeypatch):
     """Every checkpoint in turn through one engine, on its run's problems and with its prompt."""
     out, *_ = whole
@@ -107,6 +108,7 @@ def test_eval_of_a_run_gives_the_accuracy_of_its_evaluations(whole, run, monkeyp
     assert json.loads((out / "eval" / "results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_and_its_resume_gives_the_same_metrics(whole, run):
     """SIGTERM ends it after its step; then a row is cut off, as by a kill."""
     out, args, _ = whole
@@ -129,6 +131,7 @@ def test_a_stopped_run_saves_and_its_resume_gives_the_same_metrics(whole, run):
     assert all(torch.equal(p, again[name]) for name, p in weights(out, 2).items())
 
 
+@pytest.mark.slow
 def test_two_ranks(run, tmp_path, small):
     """An engine a rank. DDP on two machines that share no folder; its checkpoint is resumed by
     FSDP2 on one, as another variant."""
