@@ -1,23 +1,23 @@
 """Data sets, demonstrations and prompts, and the Group of responses to a prompt."""
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import random
 import re
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import compress
 
 import numpy as np
 import torch.distributed as dist
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from config.sets import BOXED, CHOICE, MADE, SETS, STYLES
 from configurator import die, load_function, print0
 from grader import grade_all
 
 
-@dataclasses.dataclass
+@dataclass
 class Group:
     """The G responses to one prompt, R_i tokens each."""
     row: dict                  # the problem: "problem", "answer", maybe "solution" and more
@@ -55,8 +55,7 @@ class Group:
 
     def part(self, first, stop):
         """The responses first to stop - 1, as a group."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name)[first:stop] for name in PER_RESPONSE})
+        return replace(self, **{name: getattr(self, name)[first:stop] for name in PER_RESPONSE})
 
 
 def mixed(group):
@@ -99,7 +98,7 @@ def load_problems(name, split, key="dataset", data_dir="data"):
 def _read_problems(path, key, second="answer", lines=None):
     """Rows of a JSON Lines file, or lines, which have two texts: `problem` and `second`."""
     rows = []
-    for number, line in enumerate(open(path, "rb") if lines is None else lines, 1):
+    for number, line in enumerate(lines or open(path, "rb"), 1):
         if not line.strip():
             continue
         where = f"{key}: {path}, line {number}"
@@ -225,7 +224,6 @@ def choose_anchors(problem, anchor_texts, anchors, anchor_share, seed):
 def end_token(tokenizer, model):
     """The token that ends a response: the last one in a chat at which vLLM stops, which the chat
     template writes after an assistant's turn, else end-of-sequence."""
-    from transformers import GenerationConfig
     stops = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # has no such config
         stops.update(np.ravel(GenerationConfig.from_pretrained(model).eos_token_id))
@@ -251,7 +249,7 @@ def with_anchors(tokenizer, group, texts, most, end):
     for name in PER_RESPONSE:
         old, new = getattr(group, name)[:most - k], getattr(added, name)
         both[name] = old + new if isinstance(old, list) else np.concatenate([old, new])
-    return dataclasses.replace(group, **both)
+    return replace(group, **both)
 
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -276,7 +274,7 @@ def encode_chats(tokenizer, chats):
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
-def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None, room=math.inf,
+def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None, room=np.inf,
                    key="dataset"):
     """Prompt token ids of every problem, a list of int32 arrays (P,). system_prompt None: the set's
     own, BOXED for a file. prompt: "FILE.py:NAME", a function of a row to the whole chat. A prompt
@@ -300,7 +298,6 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
 
 def load_tokenizer(model, key="model"):
     """(tokenizer, Hugging Face config) of a folder or hub id, which the setting `key` named."""
-    from transformers import AutoConfig, AutoTokenizer
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
     except Exception as e:  # OSError, ValueError, KeyError and the libraries' own

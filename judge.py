@@ -8,7 +8,6 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +154,7 @@ def _asked_scores(url, model, cache, out_dir, on_full_disk, groups):
     questions = [[judge_prompt(g.row, text, model) for text in g.texts] for g in groups]
     file = f"judge_{dist.get_rank()}"
     for temperature in [0.0] + [0.7] * RETRIES:
-        left = {key: prompt for prompt, key in chain(*questions) if key not in cache}
+        left = {key: prompt for own in questions for prompt, key in own if key not in cache}
         for key, reply in zip(left, ask_server(url, model, [*left.values()], temperature)):
             if score := parse_score(reply, key[:6]):
                 cache[key] = score

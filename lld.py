@@ -186,10 +186,8 @@ columns = pd.DataFrame(done).select_dtypes(float)
 
 def summarize():
     """{what: [mean over questions, and its 95% bootstrap interval]}."""
-    figures = {**columns, "tau < 0, share": columns["tau"] < 0}
-    del figures["tau"]
-    for variant in variants:
-        figures[f"delta_{variant} < 0, share"] = columns[f"delta_{variant}"] < 0
+    falls = columns.filter(regex="^(tau|delta_)") < 0
+    figures = {**columns.drop(columns="tau"), **falls.add_suffix(" < 0, share")}
     controls = {"random", "spare_entropy", "spare_logp"}
     for better, worse in itertools.permutations(variants, 2):
         if worse == "grpo" or better == "nthr" and worse in controls:
@@ -207,7 +205,7 @@ def summarize():
 def picture():
     """Delta of every variant: sorted, by success rate, by GWHES; the mean of those that share x."""
     fig, axes = subplots(3)
-    for ax, (xlabel, x) in zip(axes.flat, {
+    for ax, (xlabel, x) in zip(axes, {
             "questions, sorted for each variant (Figs. 1, 4)": None,
             "success rate p of the question": columns["p"],
             "GWHES (eq. 5, Table 1), mean over correct responses": columns["gwhes"]}.items()):
@@ -217,7 +215,6 @@ def picture():
                              linestyle="", errorbar=None, label=variant)
         ax.axhline(0, color="black")
         ax.set(xlabel=xlabel, ylabel=r"$\Delta(x)$, nats")
-    ax.legend()
     save_figure(fig, f"{out_dir}/delta.png")
 
 

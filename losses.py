@@ -3,8 +3,6 @@
 [NTHR] is arXiv 2505.18830, [LLDS] 2512.04220, [DaGRPO] 2512.06337, [GSPO] 2507.18071, [CISPO]
 2506.13585, [LUFFY] 2504.14945, [DrGRPO] 2503.20783, [DAPO] 2503.14476, [TIS] Yao et al. 2025, "Your
 efficient RL framework secretly brings you off-policy RL training"."""
-import math
-
 import numpy as np
 import torch
 
@@ -51,7 +49,7 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
     if loss == "gspo":  # a micro-batch has whole responses
         log_ratio = logp.detach() - old_logp
         means = per_response(log_ratio, batch) / per_response(torch.ones_like(log_ratio), batch)
-        ratio = means.exp().index_select(0, batch.response) * (logp - logp.detach()).exp()
+        ratio = means.exp()[batch.response] * (logp - logp.detach()).exp()
     plain, clipped = (-A * x for x in (ratio, ratio.clamp(1 - clip_low, 1 + clip_high)))
     losses = clipped.detach() * logp if loss == "cispo" else torch.maximum(plain, clipped)
 
@@ -64,8 +62,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
         losses = losses + kl_coef * kl
     losses = torch.where(sampled, losses, anchor_losses(logp, A, anchor_loss))
     if seq_mask_cap:
-        left_out = per_response(log_importance, batch).abs() > math.log(seq_mask_cap)  # (B,)
-        losses = losses.masked_fill(left_out.index_select(0, batch.response), 0)
+        left_out = per_response(log_importance, batch).abs() > np.log(seq_mask_cap)  # (B,)
+        losses = losses.masked_fill(left_out[batch.response], 0)
     total = (batch.weight * losses).sum()
     if llds:
         penalty = llds_penalty(logp, old_logp, batch)
@@ -73,18 +71,18 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
 
     if figures:
         gap = log_importance.abs()
-        figures.sum("train/tokens", sampled)
-        figures.mean("train/clip_fraction", clipped > plain, where=sampled)
-        figures.mean("train/kl_old", kl_k3(old_logp, logp.detach()), where=sampled)
-        figures.mean("gap/mean", gap, where=sampled)
-        figures.max("gap/max", gap, where=sampled)
-        figures.mean("gap/importance", importance, where=sampled)
+        of_tokens = {"train/clip_fraction": clipped > plain, "train/kl_old": kl_k3(old_logp, logp),
+                     "gap/mean": gap, "gap/importance": importance}
         if kl_coef:
-            figures.mean("train/kl", kl.detach(), where=sampled)
+            of_tokens["train/kl"] = kl
+        if tis_cap:
+            of_tokens["gap/importance_cut"] = importance > tis_cap
+        for key, x in of_tokens.items():
+            figures.mean(key, x, where=sampled)
+        figures.max("gap/max", gap, where=sampled)
+        figures.sum("train/tokens", sampled)
         if llds:
             figures.sum("train/llds", penalty)  # over the step's updates
-        if tis_cap:
-            figures.mean("gap/importance_cut", importance > tis_cap, where=sampled)
         if seq_mask_cap:
             figures.sum("gap/responses_left_out", left_out)
     return total
@@ -100,17 +98,17 @@ def llds_penalty(logp, old_logp, batch):
     [LLDS], response gate: sum of max(0, old_logp - logp) over the tokens of responses that lost
     likelihood as a whole, / batch.update_tokens. 0 before the step's second update."""
     lost = old_logp - logp
-    gate = per_response(lost.detach(), batch) > 0  # (B,)
-    counts = (batch.advantage >= 0) & gate.index_select(0, batch.response)
+    gate = per_response(lost, batch) > 0  # (B,)
+    counts = (batch.advantage >= 0) & gate[batch.response]
     return lost.clamp(min=0).where(counts, 0).sum() / max(1, batch.update_tokens)
 
 
-def anchor_losses(logp, advantage, form, gamma=0.1):
+def anchor_losses(logp, advantage, form):
     """Loss of demonstrations' tokens, without ratio, clip and KL. All (n,).
     "luffy": -A pi / (pi + gamma), whose gradient is -A gamma pi / (pi + gamma)^2 grad log pi
-    ([LUFFY] eq. 8). "logp": -A log pi, [DaGRPO] eq. 13 to the letter."""
+    ([LUFFY] eq. 8, gamma 0.1). "logp": -A log pi, [DaGRPO] eq. 13 to the letter."""
     pi = logp.exp()
-    return -advantage * (logp if form == "logp" else pi / (pi + gamma))
+    return -advantage * (logp if form == "logp" else pi / (pi + 0.1))
 
 
 def kl_k3(logp, ref_logp):

@@ -10,7 +10,7 @@ def held_memory(config, ranks, parallel, compute_bytes, reference, lora_rank):
     reference: with a KL term. What an update takes beside it: bench/configs.py."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    frozen, trained = 0, sum(p.numel() for p in model.parameters())
+    frozen, trained = 0, model.num_parameters()
     if lora_rank:
         linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
         frozen, trained = trained, lora_rank * sum(sum(m.weight.shape) for m in linear)

@@ -1,5 +1,4 @@
 """What a step leaves to be read: figures, measured where they arise, seconds, a line."""
-import math
 import resource
 import time
 from functools import partialmethod
@@ -84,21 +83,21 @@ def note_anchors(figures, group, old):
         figures.mean("anchor/logp", old.logp, where=anchor)
         figures.mean("anchor/logp_right", old.logp, where=right)  # of the same groups' rollouts
         figures.mean("anchor/entropy", old.entropy, where=anchor)
-        figures.mean("anchor/unlikely", old.logp < math.log(0.01), where=anchor)
+        figures.mean("anchor/unlikely", old.logp.exp() < 0.01, where=anchor)
 
 
 def samples(groups, step, tokenizer, of_response):
     """What samples.jsonl shows of groups, of tokens what ranks said that trained on them. All call.
     of_response: settings of response_advantages."""
-    mine = {i: g.of_tokens.double().round(decimals=4).tolist() for i, g in enumerate(groups)
-            if g.of_tokens is not None}
-    of_tokens = {i: x for of_rank in of_ranks(mine) for i, x in of_rank.items()}
+    mine = [(i, g.of_tokens.double().round(decimals=4).tolist()) for i, g in enumerate(groups)
+            if g.of_tokens is not None]
+    of_tokens = dict(sum(of_ranks(mine), []))
     return [{"step": step, "problem": g.row["problem"], "answer": g.row["answer"],
              "prompt": tokenizer.decode(g.prompt), "responses": g.texts, "lengths": g.lengths,
              "reward": g.reward.tolist(), "truncated": g.truncated.tolist(),
              "is_anchor": g.is_anchor.tolist(), "score": g.score.tolist(),
              "advantage": response_advantages(g, **of_response).tolist(),
-             "tokens": tokenizer.batch_decode([*zip(np.concatenate(g.responses).tolist())]),
+             "tokens": tokenizer.batch_decode(np.concatenate(g.responses)[:, None]),
              **dict(zip(("logp", "entropy", "token_advantage"), of_tokens.get(i, ())))}
             for i, g in enumerate(groups)]
 

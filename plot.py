@@ -30,9 +30,9 @@ seconds: time/step time/rollout time/judge time/old_policy time/update time/sync
 
 
 def subplots(rows):
-    """(figure, its axes (rows, 1), one below the other)."""
+    """(figure, its axes, one below the other)."""
     fig = Figure((9, 1.5 + 3 * rows), layout="constrained")  # width and height, inches
-    return fig, fig.subplots(rows, squeeze=False)
+    return fig, fig.subplots(rows, squeeze=False).flat
 
 
 def save_figure(fig, path):
@@ -72,7 +72,7 @@ def plot_runs(seeds, path):
     order = points["curve"].unique() if several else None  # one colour in all panels
     panels = [*points.groupby("panel", sort=False)]
     fig, axes = subplots(len(panels))
-    for ax, (title, panel) in zip(axes.flat, panels):
+    for ax, (title, panel) in zip(axes, panels):
         seaborn.lineplot(panel, x="step", y="value", hue="curve", hue_order=order, marker="o",
                          errorbar=("pi", 100), ax=ax)
         seaborn.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title="")

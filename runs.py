@@ -56,7 +56,7 @@ def or_say_so(out_dir, what, on_full_disk):
 
 def check_space(out_dir, model):
     """Raise OSError if there is no room for a checkpoint: weights, and moments of the trained."""
-    need = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
+    need = 4 * model.num_parameters() + 8 * model.num_parameters(only_trainable=True)
     if shutil.disk_usage(out_dir).free < need:
         raise OSError(f"it takes {need / 2**30:.2f} GiB")
 
@@ -207,21 +207,19 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
 
 def prune(out_dir, newest, keep):
     """Delete the checkpoints up to `newest` but the last `keep`; later ones are broken."""
-    for path in [p for p in checkpoints(out_dir) if p <= newest][keep:]:
+    for path in [p for p in checkpoints(out_dir) if p[-6:] <= newest[-6:]][keep:]:
         shutil.rmtree(path)
 
 
 def load_optimizer(path, optimizer):
     """Restore the optimizer state of a checkpoint, sharded like the parameters if they are."""
     saved = torch.load(f"{path}/optimizer.pt", weights_only=True, mmap=True)
-    state = optimizer.state_dict()
     for i, moments in saved.items():
         p = optimizer.param_groups[0]["params"][i]
-        if isinstance(p, DTensor):
-            moments = {k: distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
-                       if v.shape == p.shape else v for k, v in moments.items()}
-        state["state"][i] = moments
-    optimizer.load_state_dict(state)
+        for key, x in moments.items():
+            if isinstance(p, DTensor) and x.shape == p.shape:
+                moments[key] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
 
 
 def checksum(path):

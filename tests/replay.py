@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import data
 import losses
 import model_utils
 import plot
@@ -62,6 +63,9 @@ def replay(steps, *flags, probes=()):
     loss, per_token, known = [0.0], [], {}
     given_loss, given_step = losses.policy_loss, model_utils.optimizer_step
 
+    def load_problems(name, split, *args, **kwargs):  # the groups' own, and no evaluation
+        return [g.row for groups in steps for g in groups] if split == "train" else []
+
     def sample_batch(*args, **kwargs):
         groups = next(upcoming)
         known["texts"] = {p: [*texts] for p, texts in kwargs["anchor_texts"].items()}
@@ -90,10 +94,10 @@ def replay(steps, *flags, probes=()):
     def nothing(*args, **kwargs):
         pass
 
-    sys.argv = ["train.py", f"--max_steps={len(steps)}", "--eval_every=0", *flags]
+    sys.argv = ["train.py", f"--max_steps={len(steps)}", *flags]
     with (replaced(rollout, build_engine=nothing, sample_batch=sample_batch, sync_weights=nothing,
-                   sleep_engine=nothing, generate_all_ranks=lambda *args, **kwargs: steps[-1]),
-          replaced(losses, policy_loss=policy_loss),
+                   sleep_engine=nothing),
+          replaced(data, load_problems=load_problems), replaced(losses, policy_loss=policy_loss),
           replaced(model_utils, optimizer_step=optimizer_step),
           replaced(plot, plot_runs=nothing), replaced(runs, save_checkpoint=nothing)):
         scope = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -21,15 +21,14 @@ PROBES = [["model.model.embed_tokens.weight", 33, 7],
           ["model.model.layers.0.self_attn.q_proj.weight", 5, 9],
           ["model.model.layers.3.mlp.up_proj.weight", 11, 2]]
 AGREE = {
-    "thr_sign_llds": ["--variant=thr", "--thr_p=0.1", "--advantage_norm=sign", "--llds=0.2",
-                      "--pos_weight=0.1", "--prompts_per_update=2", "--learning_rate=1e-4"],
-    "entropy_top_gspo": ["--variant=entropy_top", "--loss=gspo", "--loss_norm=response",
-                         "--clip_low=3e-4", "--clip_high=4e-4", "--prompts_per_update=2"],
-    "spare_logp_cispo": ["--variant=spare_logp", "--nthr_eta=0.0", "--loss=cispo",
-                         "--prompts_per_update=2"],
-    "dagrpo_luffy": GOLDEN["flags"]["dagrpo_luffy"],
-    "lora_fsdp": ["--lora_rank=3", "--kl_coef=0.1", "--prompts_per_update=2",
-                  "--learning_rate=1e-3", "--parallel=fsdp"],
+    "thr_sign_llds_gspo": ["--variant=thr", "--thr_p=0.1", "--advantage_norm=sign", "--llds=0.2",
+                           "--pos_weight=0.1", "--loss=gspo", "--loss_norm=response",
+                           "--clip_low=3e-4", "--clip_high=4e-4", "--prompts_per_update=2",
+                           "--learning_rate=1e-4"],
+    "dagrpo_luffy_cispo": [*GOLDEN["flags"]["dagrpo_luffy"], "--loss=cispo"],
+    "entropy_top_lora_fsdp": ["--variant=entropy_top", "--lora_rank=3", "--kl_coef=0.1",
+                              "--prompts_per_update=2", "--learning_rate=1e-3", "--parallel=fsdp",
+                              "--tokens_per_micro_batch=260"],
     "nthr_cut_fsdp": [*GOLDEN["flags"]["nthr_cut_two_updates"], "--parallel=fsdp"]}
 
 
@@ -61,8 +60,9 @@ def test_one_rank(name, tmp_path):
 def test_a_step_without_a_finite_gradient_is_undone(tmp_path, small, monkeypatch, capsys, updates,
                                                     parallel):
     """Its first update, too, and its groups are kept; max_bad_steps in a row end the run."""
-    flags = [*GOLDEN["common"], f"--prompts_per_update={6 // updates}", f"--model={small}",
+    flags = [*GOLDEN["common"], f"--prompts_per_update={2 // updates}", f"--model={small}",
              "--max_bad_steps=2", f"--parallel={parallel}"]
+    groups = [g for g in GROUPS if g.reward.any()][:2]
     policy_loss = losses.policy_loss
 
     def after(*bad):
@@ -70,15 +70,15 @@ def test_a_step_without_a_finite_gradient_is_undone(tmp_path, small, monkeypatch
         monkeypatch.setattr(losses, "policy_loss", functools.wraps(policy_loss)(
             lambda *args, **kwargs: policy_loss(*args, **kwargs) * next(calls)))
         out = tmp_path / "-".join(map(str, bad))
-        _, policy = replay([GROUPS] * len(bad), *flags, f"--out_dir={out}")
+        _, policy = replay([groups] * len(bad), *flags, f"--out_dir={out}")
         return out, {name: model_utils.full(x) for name, x in policy.state_dict().items()}
 
     (out, with_bad), (_, without) = after(1.0, math.nan, 1.0), after(1.0, 1.0)
     assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
-    assert all(row["train/grad_norm"] > 0 for row in read_rows(out)[::2][:2])
-    assert [row.get("train/bad_steps") for row in read_rows(out)] == [0, 1, 0, None]
+    assert all(row["train/grad_norm"] > 0 for row in read_rows(out)[::2])
+    assert [row.get("train/bad_steps") for row in read_rows(out)] == [0, 1, 0]
     kept = torch.load(out / "bad_step_2.pt", weights_only=False)
-    assert [g.row for g in kept] == [g.row for g in GROUPS]
+    assert [g.row for g in kept] == [g.row for g in groups]
     with pytest.raises(SystemExit, match="1"):
         after(math.inf, math.nan, 1.0)
     assert "error: step 2: no finite gradient, 2 steps in a row" in capsys.readouterr().err
@@ -117,6 +117,6 @@ def test_two_ranks(run, tmp_path, small):
         compare(found[name], want, 1e-4, 1e-4, 1e-6)
         assert len(want) > 1 and all(update["grad_norm"] > 0 for update in want)
     # with advantage_norm=sign groups whose responses are all wrong have a signal, too
-    count = sum(len(update["advantages"]) for update in wanted["thr_sign_llds"])
+    count = sum(len(update["advantages"]) for update in wanted["thr_sign_llds_gspo"])
     assert count == sum(sum(g.lengths) for g in GROUPS)
     assert any(not g.reward.any() for g in GROUPS)
