@@ -40,7 +40,7 @@ def small(model_dir, tmp_path_factory):
 def run():
     """run("train.py", "--x=1", ranks=2): the script as a user starts it, from the root. nodes:
     lists of further flags, one a machine: a launcher and a rank for each, over the loopback."""
-    def run(script, *args, ranks=0, check=True, nodes=()):
+    def run(script, *args, ranks=0, check=True, nodes=(), cwd=ROOT):
         import torch
         if torch.cuda.is_available() and max(ranks, len(nodes)) > torch.cuda.device_count():
             pytest.skip("needs a GPU a rank")  # on a CPU all ranks find room
@@ -51,7 +51,7 @@ def run():
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks or 1}"]
         if not nodes:
             command = launcher + ["--standalone"] * bool(ranks) + words
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
             assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
             return done
         port = 20_000 + os.getpid() % 10_000
@@ -61,6 +61,39 @@ def run():
                    for i, own in enumerate(nodes)]
         assert [p.wait() for p in started] == [0] * len(nodes)
     return run
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """on_ranks(f, g): what f() and g() return, each on a rank of its own; each gathers once."""
+    def on_ranks(*functions):
+        said = {}
+
+        def gather(out, mine):
+            said[rank] = mine
+            out[:] = [said.get(r, mine) for r in range(len(functions))]
+
+        for name, function in dict(get_world_size=lambda: len(functions), get_rank=lambda: rank,
+                                   all_gather_object=gather).items():
+            monkeypatch.setattr(f"torch.distributed.{name}", function)
+        for _ in range(2):  # the first time they say what they have
+            returned = []
+            for rank, function in enumerate(functions):
+                returned.append(function())
+        return returned
+    return on_ranks
+
+
+@pytest.fixture
+def dies(capsys):
+    """dies(words, function, ...): the line, with these words, with which it ends the program."""
+    def dies(words, function, *args, **kwargs):
+        with pytest.raises(SystemExit, match="2"):
+            function(*args, **kwargs)
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+        return err
+    return dies
 
 
 @pytest.fixture

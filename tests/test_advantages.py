@@ -7,22 +7,14 @@ import numpy as np
 import pytest
 import torch
 from test_model_utils import batches_of, make_group, random_groups
-from test_runs import over_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import advantages
-from advantages import (
-    Old,
-    as_many,
-    influence,
-    nthr_select,
-    response_advantages,
-    token_advantages,
-)
+from advantages import Old, influence, nthr_select, response_advantages, token_advantages
 from data import mixed
 from losses import CHOICES, policy_loss
 from metrics import Figures
-from model_utils import Policy, load_policy
+from model_utils import Policy
 
 D, V = 7, 19
 
@@ -95,12 +87,21 @@ def test_weights_pos_only_and_dagrpo(reward, norm):
     assert signal == (0 in reward if norm == "sign" else 0 < sum(reward) < 4)
 
 
+def most(by, selected, lengths):
+    """As many tokens of every response as are selected there, those with most of `by`."""
+    picked = torch.zeros(len(by), dtype=torch.bool)
+    for at in torch.arange(len(by)).split(lengths):
+        picked[sorted(at.tolist(), key=lambda t: -by[t])[:int(selected[at].sum())]] = True
+    return picked
+
+
 @pytest.mark.parametrize("variant, vocab", [
-    ("nthr", "response"), ("nthr", "full"), ("random", "full")])
+    ("nthr", "response"), ("nthr", "full"), ("random", "full"), ("spare_entropy", "response"),
+    ("spare_logp", "full")])
 @pytest.mark.parametrize("eta, of_p", [
     (None, lambda p: abs(1 - 2 * p)), ("2|0.5-p|", lambda p: abs(1 - 2 * p)), ("p", lambda p: p),
     ("1-p", lambda p: 1 - p), (-0.3, lambda p: -0.3), (0.0, lambda p: 0.0)])
-def test_nthr_and_random(variant, vocab, eta, of_p, monkeypatch):
+def test_nthr_and_its_controls(variant, vocab, eta, of_p, on_ranks):
     """Figures are over incorrect tokens, of tau and eta over groups with a correct response."""
     ranks, seen, of_group = [Figures("cpu"), Figures("cpu")], [], []
     for i, reward in enumerate(([1, 0, 0], [0, 0], [1, 1], [0, 1, 0], [1, 0, 1])):
@@ -109,48 +110,20 @@ def test_nthr_and_random(variant, vocab, eta, of_p, monkeypatch):
         s = influence(old, y.numpy(), right.numpy(), vocab)
         picked, tau = nthr_select(s, group, 0.1)
         assert picked.any() == (0 < p < 1)
-        if variant == "random":
-            picked = as_many(picked, uniform(len(picked), i), lengths)
+        draws = torch.rand(len(picked), generator=torch.Generator().manual_seed(i))
+        by = dict(nthr=1.0 * picked, random=draws, spare_entropy=old.entropy, spare_logp=-old.logp)
+        picked = most(by[variant], picked, lengths)
         a = np.repeat(advantages.group_advantages(group.reward), lengths)
         got = token_advantages(variant, group, old, nthr_beta=0.1, nthr_eta=eta, nthr_vocab=vocab,
                                figures=ranks[i % 2])
-        left = of_p(p) if variant == "nthr" else 0.0
+        left = 0.0 if variant == "random" else of_p(p)
         assert got.numpy() == pytest.approx(np.where(picked, left * a, a))
         seen += [(x.item(), score.item()) for x, score, r in zip(picked, s, right) if not r]
         of_group += [(tau.item(), of_p(p))] if 1 in reward else []
     (picked, s), (tau, etas) = np.array(seen).T, np.mean(of_group, 0)
-    assert over_ranks(monkeypatch, *ranks) == pytest.approx({
-        "nthr/selected": picked.mean(), "nthr/tau": tau, "nthr/eta": etas})
-
-
-def uniform(count, seed):
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
-
-
-def test_random_takes_as_many_tokens_uniformly_and_by_its_seed_alone():
-    lengths, selected = [5, 1, 8, 1, 30], draw(0, 45) < -0.2
-    selected[:5], selected[5] = False, True
-    shares = [x.double().mean() for x in selected.split(lengths)]
-    drawn = [as_many(selected, uniform(45, seed), lengths) for seed in range(300)]
-    for want, got in zip(shares, torch.stack(drawn).double().split(lengths, dim=1)):
-        assert torch.allclose(got.mean(1), want) and (got.mean(0) - want).abs().max() < 0.15
-
-
-@pytest.mark.parametrize("variant", ["spare_entropy", "spare_logp"])
-def test_controls_spare_as_many_tokens_as_nthr(variant):
-    for i, reward in enumerate(([1, 0, 0], [0, 0], [1, 1], [0, 1, 0], [1, 0, 1])):
-        lengths = [5, 9, 30][:len(reward)]
-        group, old, y, right = make_case(reward, lengths, i)
-        selected, _ = nthr_select(influence(old, y.numpy(), right.numpy()), group, 0.1)
-        by = (old.entropy if variant == "spare_entropy" else -old.logp).tolist()
-        want, first = np.repeat(advantages.group_advantages(group.reward), lengths), 0
-        for n in lengths:
-            count = int(selected[first:first + n].sum())
-            for t in sorted(range(first, first + n), key=lambda t: -by[t])[:count]:
-                want[t] *= 0.3
-            first += n
-        got = token_advantages(variant, group, old, nthr_beta=0.1, nthr_eta=0.3)
-        assert got.numpy() == pytest.approx(want)
+    for told in on_ranks(*(figures.all_ranks for figures in ranks)):
+        assert told == pytest.approx({
+            "nthr/selected": picked.mean(), "nthr/tau": tau, "nthr/eta": etas})
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, -0.1])
@@ -163,12 +136,9 @@ def test_thr_token_by_token(reward, lengths, thr_p, beta):
     signs = set()
     for seed in range(8):
         group, old, y, right = make_case(reward, lengths, seed)
-        s, at = torch.zeros(len(y), dtype=torch.float64), np.cumsum([0, *lengths])
-        for i in np.flatnonzero(group.reward):
-            source = torch.zeros(len(y), dtype=torch.bool)
-            source[at[i]:at[i + 1]] = True
-            s += eq_7(old, y, source, "response") / lengths[i]
-        means = [s[at[i]:at[i + 1]].mean().item() for i in np.flatnonzero(group.reward)]
+        weight = torch.from_numpy(group.correct.repeat(lengths) / np.repeat(lengths, lengths))
+        s = eq_7(old, y, weight, "response")
+        means = [x.mean().item() for x, r in zip(s.split(lengths), reward) if r]
         tau = beta * min(means) if means else math.inf
         a = np.repeat(advantages.group_advantages(group.reward, "sign"), lengths)
         want = []
@@ -203,7 +173,7 @@ def eq_7(old, y, source, vocab):
     s = torch.zeros(len(y), dtype=torch.float64)
     for t in range(len(y)):
         for k in source.nonzero()[:, 0]:
-            s[t] += sum(u[k, v] * u[t, v] for v in keep) * (old.h[k] @ old.h[t])
+            s[t] += source[k] * sum(u[k, v] * u[t, v] for v in keep) * (old.h[k] @ old.h[t])
     return s
 
 
@@ -213,7 +183,7 @@ def along_gradient(old, y, source):
         return loglik(old.h, head, y, old.temperature)
 
     w = old.head.clone().requires_grad_()
-    m, = torch.autograd.grad(of_head(w)[source].sum(), w)
+    m, = torch.autograd.grad((of_head(w) * source).sum(), w)
     return torch.autograd.functional.jvp(of_head, old.head, m)[1] * old.temperature**2
 
 
@@ -236,10 +206,10 @@ def test_influence_is_eq_7_and_the_product_of_head_gradients(reward, lengths, te
 def test_selection_is_algorithm_1(beta):
     cases = [([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [1, 2, 1]),
              ([0, 1], [1, 1]), ([0, 0, 0, 1], [5, 1, 9, 2])]
-    signs = set()
+    signs, ties = set(), 0
     for seed in range(20):
         for reward, lengths in cases:
-            s = draw(seed, sum(lengths))
+            s = (2 * draw(seed, sum(lengths))).round() / 2  # some are at tau
             scores = [x.tolist() for x in s.split(lengths)]
             right = [sum(x) / len(x) for x, r in zip(scores, reward) if r]
             tau = math.inf if not right else beta if beta == -math.inf else beta * min(right)
@@ -247,60 +217,21 @@ def test_selection_is_algorithm_1(beta):
             selected, got = nthr_select(s, make_group([1], scores, reward), beta)
             assert got.item() == pytest.approx(tau) and selected.tolist() == want
             signs.add(np.sign(tau))
+            ties += sum(x == tau for part, r in zip(scores, reward) if not r for x in part)
     assert beta in (0.0, -math.inf) or {-1, 1} <= signs  # thresholds of both signs were met
+    assert beta == -math.inf or ties
 
 
-def test_ties_at_tau_are_not_selected():
-    group = make_group([1], [[1, 1], [1, 1, 1]], [1, 0])
-    for s, beta, want in (([2, 4, 3, 3.1, 2.9], 1.0, [0, 1, 0]), ([2, 4, 5, 5, 5], 1.0, [1, 1, 1]),
-                          ([1, 3, 0, 1e-9, -1], 0.0, [0, 1, 0])):
-        selected, tau = nthr_select(torch.tensor(s) * 1.0, group, beta)
-        assert tau == beta * 3 and selected.tolist() == [0, 0, *want]
-
-
-def test_gwhes_is_eq_5_and_theorem_4_4():
-    """h and W are free, gradient flow on one group's objective: d/dt ln pi(y+) of a correct
-    response is, through W, the score of eq. 5 with its sign turned, and, through h, its own states'
-    squared gradients. The score by brute force, the sum of both against a small explicit step."""
+def test_gwhes_is_eq_5():
+    """Minus d/dt ln pi(y+), through the head alone, along the gradient of the objective."""
     lengths = [3, 4, 2, 1, 2]
     group, old, y, right = make_case([1, 0, 1, 0, 0], lengths, 3)
     s = [influence(old, y.numpy(), source.numpy(), "full") for source in (right, ~right)]
-    score = advantages.gwhes(*s, group)
-    h, w = (x.clone().requires_grad_() for x in (old.h, old.head))
     a = torch.from_numpy(np.repeat(advantages.group_advantages(group.reward), lengths))
-    gh, gw = torch.autograd.grad((a * loglik(h, w, y)).sum(), (h, w))
-    after, before = (loglik(h + step * gh, w + step * gw, y) for step in (1e-6, -1e-6))
-    u = torch.nn.functional.one_hot(y, V) - (h @ w.T).softmax(-1)
-    through_w = ((u @ u.T) * (h @ h.T)) @ a
-    through_h = a * (u @ w).square().sum(-1)
-    of_tokens = torch.stack([through_w, through_h, (after - before) / 2e-6])
-    for i, block in enumerate(of_tokens.split(lengths, dim=1)):
-        through_w, through_h, rate = block.sum(1).tolist()
-        if group.reward[i]:
-            assert score[i].item() == pytest.approx(-through_w, rel=1e-9)
-            assert rate == pytest.approx(through_h + through_w, rel=1e-6)
-    assert torch.equal(score.isnan(), torch.from_numpy(group.reward == 0))
+    rates = [x.sum().item() for x in along_gradient(old, y, a).split(lengths)]
+    want = [-x if correct else math.nan for x, correct in zip(rates, group.correct)]
+    assert advantages.gwhes(*s, group).tolist() == pytest.approx(want, rel=1e-9, nan_ok=True)
     assert advantages.gwhes(*s, replace(group, reward=np.ones(5))).isnan().all()
-
-
-def test_scores_through_the_real_model(model_dir):
-    """influence on what the packed forward returns, against autograd through transformers' head."""
-    groups = random_groups(49152, [(9, [6, 4, 5])])
-    policy = load_policy(model_dir, torch.float32, "cpu")
-    (batch,), y = batches_of(groups), torch.from_numpy(np.concatenate(groups[0].responses))
-    plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    with torch.no_grad():
-        old = Old(*policy(batch, 0.9), policy.model.lm_head.weight, 0.9)
-        alone = [torch.from_numpy(np.concatenate([groups[0].prompt, r]))[None]
-                 for r in groups[0].responses]
-        h = torch.cat([plain.model(x).last_hidden_state[0, 8:-1] for x in alone]).double()
-    source, head = torch.arange(15) < 6, plain.lm_head.weight.detach().double()
-    full, part = (influence(old, y.numpy(), source.numpy(), x, 4) for x in ("full", "response"))
-    exact = replace(old, h=h, head=head)
-    for got, want in ((full, along_gradient(exact, y, source)),
-                      (part, eq_7(exact, y, source, "response"))):
-        assert torch.allclose(got.double(), want, rtol=2e-3, atol=1.0)
-        assert want.abs().max() > 100  # so that an absolute error of 1 is small
 
 
 def test_nothing_in_a_micro_batch_waits_for_the_gpu(model_dir, monkeypatch):
@@ -351,7 +282,7 @@ def test_margins(scores, a, margins, mask):
     assert advantages.dagrpo_masks(scores, a).tolist() == mask
 
 
-def test_masked_groups_and_their_figures(monkeypatch):
+def test_masked_groups_and_their_figures(on_ranks):
     """Figures are over groups that were judged and have both outcomes."""
     figures, masked = Figures("cpu"), []
     for reward, score in (([1, 0, 0], [7.0, 4, 6]), ([1, 0], [4.0, 3]), ([1, 1], [9.0, 2]),
@@ -359,9 +290,9 @@ def test_masked_groups_and_their_figures(monkeypatch):
         group, old, *_ = make_case(reward, [1] * len(reward), score=np.array(score))
         masked.append(not token_advantages("dagrpo", group, old, figures=figures).any())
     assert masked == [False, True, True, False]
-    assert over_ranks(monkeypatch, figures) == pytest.approx({
+    assert on_ranks(figures.all_ranks) == [pytest.approx({
         "dagrpo/lambda_pos": 0, "dagrpo/lambda_neg": 1 / 3, "dagrpo/fully_masked": 1 / 2,
-        "dagrpo/delta": 3, "dagrpo/margin": np.mean([1, 3, 1, 1, 1])})
+        "dagrpo/delta": 3, "dagrpo/margin": np.mean([1, 3, 1, 1, 1])})]
 
 
 @pytest.mark.parametrize("norm", ("std", "sign"))

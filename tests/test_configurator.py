@@ -18,16 +18,6 @@ def script():
                 files=(), _private=1, __doc__="a script")
 
 
-@pytest.fixture
-def dies(capsys):
-    def dies(words, function, *args, **kwargs):
-        with pytest.raises(SystemExit, match="2"):
-            function(*args, **kwargs)
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and words in err
-    return dies
-
-
 @pytest.mark.parametrize("flags, key, value", [
     ("--rate=1", "rate", 1.0), ("--rate -2e-5", "rate", -2e-5), ("--rate=-inf", "rate", -math.inf),
     ("--steps=1 --steps=-2", "steps", -2), ("--name=a=b", "name", "a=b"), ("--name=", "name", ""),

@@ -1,9 +1,9 @@
 """What only a GPU can show of the trainer: CUDA kernels against plain float32 or float64."""
-import json
-
 import pytest
 import torch
+from replay import replay
 from test_advantages import make_case
+from test_golden import GOLDEN, GROUPS
 from test_model_utils import SIZES, batches_of, one_by_one, random_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,11 +95,10 @@ def test_nothing_in_a_micro_batch_waits(model_dir):
     assert all(p.grad.isfinite().all() for p in policy.parameters())
 
 
-def test_fsdp2_on_one_rank_has_the_same_gradient(run, tmp_path):
-    name = "nthr_cut_two_updates"
-    printed = [run("tests/replay.py", tmp_path / parallel, parallel, name, ranks=1).stdout
-               for parallel in ("ddp", "fsdp")]
-    want, got = (json.loads(x.split("REPLAYED")[1].splitlines()[0])[name][0] for x in printed)
+def test_fsdp2_on_one_rank_has_the_same_gradient(tmp_path):
+    flags = [*GOLDEN["common"], *GOLDEN["flags"]["nthr_cut_two_updates"], f"--out_dir={tmp_path}"]
+    want, got = (replay([GROUPS], *flags, f"--parallel={parallel}", probes=GOLDEN["probes"])[0][0]
+                 for parallel in ("ddp", "fsdp"))
     for key in ("loss", "grad_norm", "grads"):
         assert got[key] == pytest.approx(want[key], rel=2e-3, abs=1e-6)
 

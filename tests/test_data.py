@@ -1,28 +1,17 @@
 """Data sets, demonstrations and prompts, before anything is sampled."""
 import json
 import shutil
-from pathlib import Path
 
 import datasets
 import get_data
 import numpy as np
 import pytest
+from test_grader import DATA
 from test_model_utils import make_group
 from transformers import AutoTokenizer
 
 import data
 from model_utils import setup_distributed
-
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-
-
-@pytest.fixture
-def refused(capsys):
-    def refused(words, function, *args, **kwargs):
-        with pytest.raises(SystemExit, match="2"):
-            function(*args, **kwargs)
-        assert words in capsys.readouterr().err, words
-    return refused
 
 
 @pytest.mark.parametrize("name, size", [("arithmetic", 8190), ("addition", 4095), ("sums", 4096)])
@@ -94,7 +83,7 @@ def test_training_problems_that_are_evaluated_are_dropped():
     assert data.drop_evaluated(rows, "x", "nowhere", seen) == rows[1:]
 
 
-def test_malformed_files_are_refused(tmp_path, refused):
+def test_malformed_files_are_refused(tmp_path, dies):
     path, good = tmp_path / "rows.jsonl", '\ufeff{"problem": "a", "answer": 1}\n\n'
     for line, words in (
         ("{", "not a JSON object"), ("[1]", "not a JSON object"), ("[]", "'problem' is missing"),
@@ -104,7 +93,7 @@ def test_malformed_files_are_refused(tmp_path, refused):
         ('{"problem": "½"}', "not a JSON object in UTF-8"),
     ):
         path.write_bytes(good.encode() + line.encode("latin-1"))
-        refused(f"line 3: {words}", data.load_problems, str(path), "test")
+        dies(f"line 3: {words}", data.load_problems, str(path), "test")
     path.write_text(good)
     assert data.load_problems(str(path), "test") == [dict(problem="a", answer="1")]
     (tmp_path / "mine.py").write_text("def rows(split):\n    return [dict(problem=split, answer=2)]"
@@ -113,10 +102,10 @@ def test_malformed_files_are_refused(tmp_path, refused):
     assert data.load_problems(f"{tmp_path}/mine.py:rows", "b") == [dict(problem="b", answer="2")]
     for name, words in (("none", "mine.py:none, line 1: 'answer' is"), ("other", "dataset: "),
                         ("empty", "mine.py:empty has no rows")):
-        refused(words, data.load_problems, f"{tmp_path}/mine.py:{name}", "b")
+        dies(words, data.load_problems, f"{tmp_path}/mine.py:{name}", "b")
 
 
-def test_demonstrations_of_a_file_and_of_a_set(tmp_path, refused):
+def test_demonstrations_of_a_file_and_of_a_set(tmp_path, dies):
     rows = [{"problem": f"{i} + {i}", "answer": str(2 * i)} for i in range(4)]
     pairs = ("1+1", "a"), (" 1 + 1", "b"), ("1+1", "a"), ("3 + 3", "c"), ("7 + 7", "d")
     path = tmp_path / "demos.jsonl"
@@ -125,10 +114,10 @@ def test_demonstrations_of_a_file_and_of_a_set(tmp_path, refused):
     own = [r | {"solution": "s"} for r in rows[:2]] + [rows[2] | {"solution": None}]
     assert data.load_demos(own, "x") == [["s"], ["s"], []]
     for args in ((rows, "x"), (rows[:1], "x", str(path))):
-        refused("demos: no problem of x has a solution", data.load_demos, *args)
+        dies("demos: no problem of x has a solution", data.load_demos, *args)
 
 
-def test_a_problem_gets_its_first_right_and_short_demonstration(model_dir, refused):
+def test_a_problem_gets_its_first_right_and_short_demonstration(model_dir, dies):
     setup_distributed()
     tok = AutoTokenizer.from_pretrained(model_dir)
     rows = [dict(problem=p, answer="2") for p in "abc"]
@@ -138,7 +127,7 @@ def test_a_problem_gets_its_first_right_and_short_demonstration(model_dir, refus
     anchors = data.verify_demos(tok, rows, prompts, demos, 20, 2)
     assert [r["solution"] for r in rows] == [short, long, None]
     assert {problem: [*texts] for problem, texts in anchors.items()} == {"a": [short, "2 " + short]}
-    refused("all 1 demonstrations", data.verify_demos, tok, rows[2:], prompts[2:], demos[2:], 20, 2)
+    dies("all 1 demonstrations", data.verify_demos, tok, rows[2:], prompts[2:], demos[2:], 20, 2)
 
 
 def test_a_share_of_the_problems_has_anchors_and_the_newest_answers_stay():
@@ -175,7 +164,7 @@ def test_an_anchor_is_what_the_template_writes(model_dir):
     assert anchor.tolist() == tok("1 + 1</think> 2")["input_ids"] + [end]
 
 
-def test_prompts(model_dir, refused, tmp_path):
+def test_prompts(model_dir, dies, tmp_path):
     tok = AutoTokenizer.from_pretrained(model_dir)
     rows = [{"problem": "12 + 34", "answer": "46"}]
     ids = data.encode_prompts(tok, rows, "some.jsonl")[0]
@@ -193,7 +182,7 @@ def test_prompts(model_dir, refused, tmp_path):
     assert tok.decode(ids_of_evil).count("< |im_end|>") == 1
     assert data.encode_anchor(tok, ids, evil, 2)[:-1].min() > max(tok.all_special_ids)
     long = [rows[0], rows[0] | dict(problem="1 + " * 99)]
-    refused("eval_dataset: problem 2: ", data.encode_prompts, tok, long, "x", room=99,
+    dies("eval_dataset: problem 2: ", data.encode_prompts, tok, long, "x", room=99,
             key="eval_dataset")
     (tmp_path / "mine.py").write_text('def ask(row):\n    return [dict(role="user", content='
                                       '"What is " + row["problem"])]\n')
@@ -203,4 +192,4 @@ def test_prompts(model_dir, refused, tmp_path):
     tok.chat_template = None
     tok.save_pretrained(tmp_path)
     shutil.copy(f"{model_dir}/config.json", tmp_path)
-    refused("its tokenizer has no chat template", data.load_tokenizer, str(tmp_path))
+    dies("its tokenizer has no chat template", data.load_tokenizer, str(tmp_path))

@@ -93,7 +93,7 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path, model_dir, monkeypatch):
     assert one[0]["max_response_tokens"] == 8192 - max(map(len, one[-1]))
 
 
-def test_comparisons(tmp_path, capsys):
+def test_comparisons(tmp_path, capsys, dies):
     def file(name, correct, start=0):
         rows = [dict(problem=f"p{i}", correct=c) for i, c in enumerate(correct, start)]
         write_jsonl(f"{tmp_path}/{name}", [{}, *rows])
@@ -107,9 +107,7 @@ def test_comparisons(tmp_path, capsys):
     assert "4 problems" in capsys.readouterr().out
     cases = [("expected 2", a), ("No such file", a, "none"), ("JSON", a, __file__)]
     for words, *paths in cases + [("in both", a, file("other", [[1]], 99))]:
-        with pytest.raises(SystemExit, match="2"):
-            evaluation.compare_files(*paths)
-        assert words in capsys.readouterr().err
+        dies(words, evaluation.compare_files, *paths)
 
 
 def test_bad_input_is_refused(refused, model_dir):

@@ -77,7 +77,8 @@ HOSTILE = ["9^{9^{9^9}}", "(10^7)!", "(" * 900 + ")" * 900, "x" * 10**6, "\x00",
            "\ud800", "\\", "\\frac{1}{" * 99 + "2" + "}" * 99]
 
 
-def test_hostile_answers_are_wrong_and_leave_the_others_alone():
+def test_hostile_answers_are_wrong_and_leave_the_others_alone(monkeypatch):
+    monkeypatch.setattr(grader, "SECONDS", 1)
     good = [(f"{2 * n}\\sqrt{{{n}}}", f"\\sqrt{{{4 * n**3}}}") for n in range(2, 2 + len(HOSTILE))]
     bad = [("\\sqrt{7}+x", text) for text in HOSTILE]
     assert grade(*[x for pair in zip(bad, good) for x in pair]) == [False, True] * len(HOSTILE)

@@ -7,8 +7,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import torch
-import torch.distributed as dist
 
 import judge
 from model_utils import setup_distributed
@@ -163,35 +161,14 @@ def test_a_key_that_is_for_another_server_stays_here(monkeypatch):
     assert judge.connect("http://node:8/v1").api_key == "none"
 
 
-def test_a_server_that_is_none_is_refused(server, capsys):
+def test_a_server_that_is_none_is_refused(server, dies):
     assert judge.open_judge(server.url, None) == judge.open_judge(server.url, "m") == "m"
     for url, model, words in (
         ("http://node:9/v1", None, "node:9/v1 does not answer"), ("http://", None, "not answer"),
         ("http://localhost/x", "m", "does it end in /v1"), (server.url, "n", "judge_model='n'"),
         (server.url, "m", "AuthenticationError")):
         server.script[:] = ["401"]  # if it gets that far
-        with pytest.raises(SystemExit, match="2"):
-            judge.open_judge(url, model)
-        assert words in (err := capsys.readouterr().err) and "sk-secret" not in err
-
-
-def ask_by_mark(url, model, prompts, temperature):
-    """A score that tells the prompt; none for TEXTS[4]."""
-    return [None if TEXTS[4] in p else f"Score {p[-9:-3]}: {1 + int(p[-9:-3], 16) % 9}"
-            for p in prompts]
-
-
-def judge_on_a_rank(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder / 'two'}", rank=rank, world_size=2)
-    judge.ask_server = ask_by_mark
-    groups = [group(), group(problem="1 + 1"), group(solution=None)]
-    counts = judge.judge_all_ranks(groups, "http", "m", cache={}, out_dir=folder)
-    assert [*counts.values()] == [10, 2, 1]  # asked, failed, without a demonstration
-    for g in groups[:2]:
-        keys = [judge.judge_prompt(g.row, text, "m")[1] for text in TEXTS[:4]]
-        assert g.score[:4].tolist() == [1 + int(key[:6], 16) % 9 for key in keys]
-    assert all(np.isnan(g.score[4]) for g in groups[:2])
-    dist.destroy_process_group()
+        assert "sk-secret" not in dies(words, judge.open_judge, url, model)
 
 
 def test_noise_and_chance_are_those_of_a_response():
@@ -215,6 +192,19 @@ def test_noise_and_chance_are_those_of_a_response():
     assert np.abs(chance - np.linspace(1, 10, len(chance))).max() < 0.35  # uniform
 
 
-def test_two_ranks_agree_and_each_response_has_its_own_score(tmp_path):
-    torch.multiprocessing.spawn(judge_on_a_rank, (tmp_path,), nprocs=2)
+def test_two_ranks_agree_and_each_response_has_its_own_score(on_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "ask_server", lambda url, model, prompts, temperature: [
+        None if TEXTS[4] in p else f"Score {p[-9:-3]}: {1 + int(p[-9:-3], 16) % 9}"
+        for p in prompts])
+
+    def ask():
+        groups = [group(), group(problem="1 + 1"), group(solution=None)]
+        return groups, judge.judge_all_ranks(groups, "http", "m", cache={}, out_dir=tmp_path)
+
+    for groups, counts in on_ranks(ask, ask):
+        assert [*counts.values()] == [10, 2, 1]  # asked, failed, without a demonstration
+        for g in groups[:2]:
+            keys = [judge.judge_prompt(g.row, text, "m")[1] for text in TEXTS[:4]]
+            assert g.score[:4].tolist() == [1 + int(key[:6], 16) % 9 for key in keys]
+            assert np.isnan(g.score[4])
     assert len(judge.read_cache(tmp_path)) == 8

@@ -40,15 +40,9 @@ def gradient(policy, batches):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
 
 
-def first_layers(policy):
-    """A policy cut to its first layers, where what is tested does not depend on their number."""
-    policy.model.model.layers = policy.model.model.layers[:4]
-    return policy
-
-
 @pytest.fixture(scope="module")
-def short(model_dir):
-    return first_layers(load_policy(model_dir, torch.float32, "cpu"))
+def short(small):
+    return load_policy(small, torch.float32, "cpu")
 
 
 @torch.no_grad()
@@ -65,21 +59,20 @@ def one_by_one(model, groups, temperature):
     return [torch.cat(x) for x in zip(*found)]
 
 
-def test_packed_logprobs_are_those_of_single_sequences(model_dir):
+def test_packed_logprobs_are_those_of_single_sequences(small, short):
     texts = {"<|im_start|>user\nWhat is 23 + 45?": ("23 + 45 = 68.<|im_end|>", "68", "It is 70."),
              "<|im_start|>user\nHi": ("!", "<|im_end|>", " there<|im_end|>", ", how are you?"),
              "<|im_start|>user\nA colour.<|im_end|>\n": ("Blue.<|im_end|>", "One is red, or blue.")}
-    encode = AutoTokenizer.from_pretrained(model_dir).encode
+    encode = AutoTokenizer.from_pretrained(small).encode
     groups = [make_group(encode(p), [encode(r) for r in rs]) for p, rs in texts.items()]
-    plain = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager").float()
+    plain = AutoModelForCausalLM.from_pretrained(small, attn_implementation="eager").float()
     logp, entropy, lse = one_by_one(plain, groups, 0.7)
-    policy = load_policy(model_dir, torch.float32, "cpu")
     assert groups[0].responses[0][-1] == 2 == plain.config.pad_token_id  # the end, = pad, counts
     for budget in (12, 40, 70, 10_000):
         batches = batches_of(groups, budget)
         assert any(b.prefix for b in batches) == (budget > 12)
         with torch.no_grad():
-            *got, h, got_lse = (torch.cat(x) for x in zip(*(policy(b, 0.7) for b in batches)))
+            *got, h, got_lse = (torch.cat(x) for x in zip(*(short(b, 0.7) for b in batches)))
         y = torch.cat([b.targets for b in batches])
         by_head = (h * plain.lm_head.weight[y]).sum(-1) / 0.7 - lse
         for x, want in zip((*got, got_lse, by_head), (logp, entropy, lse, logp)):
@@ -168,22 +161,11 @@ def test_gradient_is_the_same_every_time_and_however_it_is_cut(short):
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("count, cut", [(0, 0), (1, 2), (2, 2), (7, 2)])
-def test_all_ranks_run_as_many_passes(count, cut, moved, monkeypatch):
+def test_all_ranks_run_as_many_passes(count, cut, moved, on_ranks):
     groups = random_groups(100, [(5, [30, 9]), (3, [4]), (9, [8, 8]), (3, [2, 30]), (3, [1, 2, 40]),
                                  (3, [5]), (3, [7, 1])])[:count]
-    counts, ranks, early, passes = {}, [], [], []
-
-    def gather(seen, mine):
-        counts[rank] = mine
-        seen[:] = [counts.get(r, mine) for r in range(3)]
-
-    dist = dict(get_world_size=lambda: 3, get_rank=lambda: rank, all_gather_object=gather)
-    for name, function in dist.items():
-        monkeypatch.setattr(torch.distributed, name, function)
-    for rank in range(3):  # the first time ranks say what they have
-        model_utils.pack_update(groups, 30, moved)
-    for rank in range(3):
-        units = model_utils.pack_update(groups, 30, moved)
+    ranks, early, passes = [], [], []
+    for units in on_ranks(*[lambda: model_utils.pack_update(groups, 30, moved)] * 3):
         ranks.append([g for unit in units for g in unit.groups])
         early.append(sum(len(unit.batches) for unit in units if unit.early))
         passes.append(sum(len(unit.batches) for unit in units))
@@ -253,16 +235,16 @@ def test_adapters_are_saved_to_the_bit_and_their_checkpoint_is_a_plain_model(sma
     assert not torch.equal(*(w["model.layers.0.mlp.up_proj.weight"] for w in (first, second)))
 
 
-def test_checkpointing_gives_the_same_gradient(short, model_dir):
-    other = load_policy(model_dir, torch.float32, "cpu", activation_checkpointing=True)
+def test_checkpointing_gives_the_same_gradient(short, small):
+    other = load_policy(small, torch.float32, "cpu", activation_checkpointing=True)
     batches = batches_of(random_groups(49152, SIZES), 40)  # of several sizes
-    got, want = gradient(first_layers(other).train(), batches), gradient(short, batches)
+    got, want = gradient(other.train(), batches), gradient(short, batches)
     assert (got - want).norm() < 1e-4 * want.norm()
 
 
-def test_parameters_and_products_in_bfloat16(short, model_dir, monkeypatch):
-    low = load_policy(model_dir, torch.bfloat16, "cpu", param_dtype=torch.bfloat16)
-    low, (batch,) = first_layers(low), batches_of(random_groups(49152, SIZES))
+def test_parameters_and_products_in_bfloat16(short, small, monkeypatch):
+    low = load_policy(small, torch.bfloat16, "cpu", param_dtype=torch.bfloat16)
+    batch, = batches_of(random_groups(49152, SIZES[:1]))
     want, logp = short(batch, 1.0)[0], low(batch, 1.0)[0]
     assert logp.dtype == torch.float32 and 1e-6 < (logp - want).abs().mean() < 0.2
     seen, sdpa = set(), model_utils.F.scaled_dot_product_attention
@@ -288,11 +270,9 @@ def test_parameters_and_products_in_bfloat16(short, model_dir, monkeypatch):
     ("phi", {}, "a bias of the head"), ("gemma2", {}, "final_logit_softcapping"),
     ("mistral", dict(sliding_window=8), "sliding_window"), ("llama", {}, None), ("qwen2", {}, None),
     ("mistral", dict(sliding_window=None), None)])
-def test_models_whose_head_does_more_are_refused(kind, changed, what, capsys):
+def test_models_whose_head_does_more_are_refused(kind, changed, what, dies):
     config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, num_hidden_layers=1,
                                   num_attention_heads=4, pad_token_id=0, **changed)
     if what is None:
         return model_utils.check_model("x", config)
-    with pytest.raises(SystemExit, match="2"):
-        model_utils.check_model("x", config)
-    assert f"models with {what}" in capsys.readouterr().err
+    dies(f"models with {what}", model_utils.check_model, "x", config)

@@ -1,23 +1,20 @@
 """What the README promises of a new variant: its own diff, applied to a copy, trains."""
-import json
-import os
 import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from runs import read_rows
+
 ROOT = Path(__file__).resolve().parent.parent
-# what other tests of this process have set
-RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def test_a_variant_in_ten_lines_and_a_reward_of_ones_own(tmp_path, model_dir, refused):
+def test_a_variant_in_ten_lines_and_a_reward_of_ones_own(run, tmp_path, model_dir, refused):
     [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-])", line)]
     assert len(changed) <= 10 and diff.count("+++ ") <= 2
@@ -27,18 +24,14 @@ def test_a_variant_in_ten_lines_and_a_reward_of_ones_own(tmp_path, model_dir, re
         copy(path, tmp_path / path.name)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     variant = re.search(r'variant == "(\w+)"', diff)[1]
-    clean = {k: v for k, v in os.environ.items() if k not in RANKS}
-    done = subprocess.run(
-        [sys.executable, "train.py", "config/countdown.py", f"--variant={variant}",
-         f"--model={model_dir}", "--max_steps=1", "--eval_every=0", "--eval_problems=2",
-         "--prompts_per_step=8", "--prompts_per_update=8", "--out_dir=out"],
-        cwd=tmp_path, capture_output=True, text=True, env=clean)
-    assert done.returncode == 0, done.stderr[-3000:]
-    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    done = run("train.py", "config/countdown.py", f"--variant={variant}", f"--model={model_dir}",
+               "--max_steps=1", "--eval_every=0", "--eval_problems=2", "--prompts_per_step=8",
+               "--prompts_per_update=8", "--lora_rank=1", "--out_dir=out", cwd=tmp_path)
+    row, *_ = read_rows(tmp_path / "out")
     assert row["train/grad_norm"] > 0 and row["rollout/groups_kept"] > 0
     assert "reward: " not in done.stdout  # none has failed
     own = runpy.run_path(ROOT / "config" / "countdown.py")
-    [*samples] = map(json.loads, (tmp_path / "out" / "samples.jsonl").read_text().splitlines())
+    samples = read_rows(tmp_path / "out", "samples")
     numbers = {row["problem"]: row for row in own["dataset"]("train")}
     for s in samples:
         want = [0 if is_cut else own["reward"](text, numbers[s["problem"]])

@@ -1,16 +1,45 @@
-"""The engine as real vLLM with the real model: what it samples, and from whose weights."""
+"""The engine as real vLLM with the real model: what it samples, and from whose weights.
+
+As a program (under torchrun) it prints what `sample` samples there."""
 import copy
 import gc
+import hashlib
+import sys
+from pathlib import Path
 
-import rollout
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rollout  # before torch, whose threads it sets
 
 import numpy as np
 import pytest
 import torch
-from sampling import HOW, ROWS, content, sample
+from transformers import AutoModelForCausalLM
 
 import data
+from configurator import print0
 from model_utils import load_policy, pack_units, setup_distributed
+
+PAIRS = ((12, 11), (7, 5), (31, 20), (10, 14), (21, 8), (40, 30), (5, 3))
+ROWS = [{"problem": f"{a} + {b}", "answer": str(a + b)} for a, b in PAIRS]
+HOW = {"seed": 7, "temperature": 1.0, "max_response_tokens": 24}
+
+
+def content(groups):
+    """A hash of the groups' problems, responses and rewards."""
+    rows = [(g.row["problem"], list(map(list, g.responses)), list(g.reward)) for g in groups]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def sample(engine, tokenizer):
+    """(groups accepted, position, hashes of all groups looked at and of generate_all_ranks')."""
+    questions = tokenizer, ROWS, data.encode_prompts(tokenizer, ROWS, "arithmetic")
+    groups, sampled, position, wasted = rollout.sample_batch(
+        engine, *questions, 3, prompts_per_step=3, group_size=4, oversample=2.0, **HOW)
+    answers = rollout.generate_all_ranks(engine, *questions, n=2, **HOW)
+    mine = len(groups), position, content(sampled), content(answers)
+    first, *others = data.of_ranks((*mine, wasted, content(groups)))
+    assert all(other == first for other in others)
+    return mine
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +91,23 @@ def push(world, policy, changed=""):
     for name, p in policy.model.named_parameters():
         if name.startswith(changed):
             p += 0.05 * p.std() * torch.randn_like(p)
-    assert gap(policy, generate(world, n=2)) > 1e-2
+    pushed(world, policy)
+
+
+def pushed(world, policy):
+    assert gap(policy, generate(world, n=2, max_response_tokens=8)) > 1e-2
     rollout.sync_weights(world[0], policy.model)
-    assert gap(policy, generate(world, n=2)) < 1e-3
+    assert gap(policy, generate(world, n=2, max_response_tokens=8)) < 1e-3
 
 
 def test_weight_sync(world, model_dir):
     push(world, copy.deepcopy(world[-1]))
-    rollout.sync_weights(world[0], world[-1].model)  # a second time
-    assert gap(world[-1], generate(world, n=2)) < 1e-3
     adapted = load_policy(model_dir, torch.float32, "cpu", lora_rank=4)
     for name, p in adapted.model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(p, std=0.01)
-    assert gap(adapted, generate(world, n=2)) > 1e-2
-    rollout.sync_weights(world[0], adapted.model)
-    assert gap(adapted, generate(world, n=2)) < 1e-3
-    rollout.sync_weights(world[0], world[-1].model)
+    pushed(world, adapted)
+    pushed(world, world[-1])  # as it was
 
 
 def test_dynamic_sampling_accepts_in_order(world, monkeypatch):
@@ -96,41 +125,30 @@ def test_dynamic_sampling_accepts_in_order(world, monkeypatch):
     assert len(sampled) == 18 == len({g.seed for g in everything}) and wasted == 0
     assert [g.row for g in everything] == [ROWS[i] for i in data.data_order(3, 18, 7, 7)]
     mixed = [i for i, g in enumerate(everything) if 0 < g.reward.mean() < 1]
-    for want, *how in ((1, 4.0), (4, 1.0), (4, 3.0, 8), (3, np.inf, 8)):
+    for want, *how in ((1, 4.0), (4, 1.0), (3, np.inf, 8)):
         groups, sampled, _, wasted = batch(want, *how)
         assert content(sampled) == content(everything[:mixed[want - 1] + 1])
         assert content(groups) == content([everything[i] for i in mixed[:want]])
         assert wasted == 0 or how != [1.0]  # only what is in work beyond the missing ones
-    assert len(batch(7, prompts=7)[0]) < 7  # what there is
+    assert content(batch(2, prompts=mixed[1])[0]) == content([everything[mixed[0]]])
     assert content(batch(3, wanted=lambda group: True)[0]) == content(everything[:3])
-
-
-def test_more_prompts_than_an_engine_step_has_room_for(world):
-    """On a CPU vLLM cannot cut the prompt of a request with a seed: it has to wait instead."""
-    rows = [{"problem": " + ".join(map(str, range(i, i + 25))), "answer": "0"} for i in range(60)]
-    prompts = data.encode_prompts(world[1], rows, "some.jsonl")
-    assert max(map(len, prompts)) < 158 and sum(map(len, prompts)) > 4096 + 60 * 32
-    groups = generate((*world[:2], rows, prompts), n=2, max_response_tokens=2)
-    assert [g.row for g in groups] == rows and all(g.lengths == [2, 2] for g in groups)
 
 
 @pytest.mark.slow
 def test_the_same_on_one_rank_and_two(world, run):
     here = sample(*world[:2])
     assert here[0] == 3 and here[1] > 6
-    assert " ".join(map(str, here)) in run("tests/sampling.py", ranks=2).stdout
+    assert " ".join(map(str, here)) in run("tests/test_rollout.py", ranks=2).stdout
 
 
 @pytest.mark.parametrize("hard_only", (False, True))
 def test_demonstrations_join_groups_before_they_are_accepted(world, hard_only):
-    rows = data.load_problems("sums", "train")[:6]
-    prompts = data.encode_prompts(world[1], rows, "sums")
-    texts = {r["problem"]: {f"{j}{r['solution']}": 0 for j in range(i)} for i, r in enumerate(rows)}
-    how = HOW | dict(anchor_hard_only=hard_only, max_response_tokens=48)
+    texts = {row["problem"]: {f"{j}: \\boxed{{{row['answer']}}}": 0 for j in range(i)}
+             for i, row in enumerate(ROWS)}
     groups, sampled, *_ = rollout.sample_batch(
-        *world[:2], rows, prompts, 0, prompts_per_step=6, max_rounds=1, group_size=4, anchors=2,
-        anchor_texts=texts, end=world[1].eos_token_id, **how)
-    assert len(sampled) == 6 and len(groups) >= 3
+        *world[:4], 0, prompts_per_step=7, max_rounds=1, group_size=4, anchors=2,
+        anchor_texts=texts, end=world[1].eos_token_id, anchor_hard_only=hard_only, **HOW)
+    assert len(sampled) == 7 and {bool(g.right.any()) for g in sampled} == {True, False}
     for g in sampled:
         known = [*texts[g.row["problem"]]][:2]
         joins = [] if hard_only and g.right.any() else known
@@ -138,22 +156,40 @@ def test_demonstrations_join_groups_before_they_are_accepted(world, hard_only):
         assert g.texts[4 - len(joins):] == joins and g.reward[g.is_anchor].all()
         assert g.texts == [world[1].decode(ids, True) for ids in g.responses]
         assert any(g is k for k in groups) == (0 < g.reward.mean() < 1)
-    assert all(g.is_anchor.any() for g in groups)  # the model by itself finds hardly any
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM's sleep mode: one engine a process")
-def test_weight_sync_of_an_untied_head(world, tmp_path):
-    """The last one here: an engine's end is the process group's."""
-    _, tokenizer, rows, prompts, tied = world
-    config = copy.deepcopy(tied.model.config)
-    config.tie_word_embeddings = False
-    untied = type(tied.model)(config)
-    untied.load_state_dict(tied.model.state_dict())
-    untied.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    engine = rollout.build_engine(str(tmp_path), 160, 0, "float32")
-    policy = load_policy(str(tmp_path), torch.float32, "cpu")
-    for changed in ("lm_head", ""):
-        push((engine, tokenizer, rows[:3], prompts[:3]), policy, changed)
+@pytest.fixture(scope="module")
+def untied(world, small, tmp_path_factory):
+    """A world of few layers and a head of its own. The last one here: an engine's end is the
+    process group's."""
+    if torch.cuda.is_available():
+        pytest.skip("vLLM's sleep mode: one engine a process")
+    path = str(tmp_path_factory.mktemp("untied"))
+    AutoModelForCausalLM.from_pretrained(small, tie_word_embeddings=False).save_pretrained(path)
+    world[1].save_pretrained(path)
+    engine = rollout.build_engine(path, 160, 0, "float32")
+    yield engine, *world[1:4], load_policy(path, torch.float32, "cpu")
     del engine
     gc.collect()
+
+
+@pytest.mark.parametrize("changed", ["lm_head", ""])
+def test_weight_sync_of_an_untied_head(untied, changed):
+    push(untied, untied[-1], changed)
+
+
+def test_more_prompts_than_an_engine_step_has_room_for(untied):
+    """On a CPU vLLM cannot cut the prompt of a request with a seed: it has to wait instead."""
+    rows = [{"problem": " + ".join(map(str, range(i, i + 25))), "answer": "0"} for i in range(60)]
+    prompts = data.encode_prompts(untied[1], rows, "some.jsonl")
+    assert max(map(len, prompts)) < 158 and sum(map(len, prompts)) > 4096 + 60 * 32
+    groups = generate((*untied[:2], rows, prompts), n=2, max_response_tokens=2)
+    assert [g.row for g in groups] == rows and all(g.lengths == [2, 2] for g in groups)
+
+
+if __name__ == "__main__":
+    setup_distributed()
+    engine = rollout.build_engine("models/SmolLM2-135M-Instruct", 160, 0, "float32")
+    mine = sample(engine, data.load_tokenizer("models/SmolLM2-135M-Instruct")[0])
+    print0(" ".join(map(str, mine)))
+    del engine  # its shutdown ends the process group

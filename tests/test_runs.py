@@ -2,9 +2,8 @@
 import json
 import math
 import os
+import resource
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,16 +24,7 @@ from model_utils import Policy, pack
 from plot import plot_runs
 
 
-def over_ranks(monkeypatch, *figures):
-    """What the last of several ranks is told by Figures.all_ranks, after all others."""
-    seen = []
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(figures))
-    monkeypatch.setattr(torch.distributed, "all_gather_object",
-                        lambda out, mine: (seen.append(mine), out.clear(), out.extend(seen)))
-    return [of_rank.all_ranks() for of_rank in figures][-1]
-
-
-def test_figures_over_ranks(monkeypatch):
+def test_figures_over_ranks(on_ranks):
     ranks, some = [Figures("cpu") for _ in range(4)], torch.tensor([True, False, True])
     ranks[0].mean("mean", torch.tensor([1.0, math.nan, 2.0]), where=some)
     ranks[1].mean("mean", np.array([3, 6]))
@@ -43,8 +33,9 @@ def test_figures_over_ranks(monkeypatch):
         figures.sum("sum", torch.tensor([x, math.inf, 0.5]), where=some)
         figures.max("max", torch.tensor([x, 0.0, x - 1]), where=some)
     ranks[3].max("max", torch.zeros(0))  # a rank with nothing but fillers
-    assert over_ranks(monkeypatch, *ranks) == pytest.approx(
-        {"mean": 3.0, "nothing": math.nan, "sum": -13.5, "max": -3.0}, nan_ok=True)
+    for told in on_ranks(*(figures.all_ranks for figures in ranks)):
+        assert told == pytest.approx(
+            {"mean": 3.0, "nothing": math.nan, "sum": -13.5, "max": -3.0}, nan_ok=True)
 
 
 def test_alarms():
@@ -72,7 +63,7 @@ def test_alarms():
     assert ["alarm/flat"] in [step("train/loss", 4 * x)[0] for x in swings]
 
 
-def test_how_far_anchors_are_from_the_policy(monkeypatch):
+def test_how_far_anchors_are_from_the_policy(on_ranks):
     group = make_group([1], [[1, 1], [1], [1, 1, 1]], reward=[1, 0, 1],
                        is_anchor=np.array([False, False, True]))
     old = SimpleNamespace(logp=torch.tensor([0.5, 0.1, 0.9, 0.5, 0.009, 0.011]).log(),
@@ -80,9 +71,9 @@ def test_how_far_anchors_are_from_the_policy(monkeypatch):
     figures = Figures("cpu")
     note_anchors(figures, group, old)
     note_anchors(figures, make_group([1], [[1]]), None)  # nothing to be said without one
-    assert over_ranks(monkeypatch, figures) == pytest.approx({
+    assert on_ranks(figures.all_ranks) == [pytest.approx({
         "anchor/logp": np.log([0.5, 0.009, 0.011]).mean(), "anchor/entropy": 4,
-        "anchor/logp_right": np.log([0.5, 0.1]).mean(), "anchor/unlikely": 1 / 3})
+        "anchor/logp_right": np.log([0.5, 0.1]).mean(), "anchor/unlikely": 1 / 3})]
 
 
 def fake_checkpoint(out_dir, step):
@@ -115,7 +106,7 @@ def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys):
     assert runs.checkpoints(tmp_path) == [str(p) for p in paths[:0:-1]]
 
 
-def test_open_run_loses_nothing(tmp_path):
+def test_open_run_loses_nothing(tmp_path, dies):
     out = tmp_path / "run[1]"
     runs.open_run(str(out), dict(lr=1))
     path, metrics = fake_checkpoint(out, 2), out / "metrics.jsonl"
@@ -136,26 +127,27 @@ def test_open_run_loses_nothing(tmp_path):
     before, after = (dict(lora_rank=4, model=x) for x in "ab")
     runs.open_run(str(out / "lora"), before)
     for other in (after, before | dict(lora_rank=0)):
-        with pytest.raises(SystemExit, match="2"):
-            runs.open_run(str(out / "lora"), other, (str(out / "lora"), dict(step=0)))
+        dies("adapters are resumed with", runs.open_run, str(out / "lora"), other,
+             (str(out / "lora"), dict(step=0)))
     lock = runs.lock_folder(out)
-    held = "import sys, runs; runs.lock_folder(sys.argv[1])"
-    for status in (2, 0):  # the lock goes with whoever held it
-        done = subprocess.run([sys.executable, "-c", held, out], capture_output=True, text=True)
-        assert done.returncode == status
-        said = f"under way: {socket.gethostname()}, process {os.getpid()}" in done.stderr
-        assert said == bool(status)
-        lock.close()
+    assert (out / "lock").read_text() == f"{socket.gethostname()}, process {os.getpid()}\n"
+    (out / "lock").write_text("another one")  # whoever holds it says so there
+    dies("under way: another one", runs.lock_folder, out)
+    lock.close()  # it goes with whoever held it
+    runs.lock_folder(out).close()
     assert len(os.listdir(out / "old_2")) == 4  # a log, curves, config, checkpoint
 
 
 def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
         tmp_path, model_dir, monkeypatch, capsys):
-    half = ("import resource, runs, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
-            "[runs.log(sys.argv[1], metrics=[{'step': i, 'x': 'y' * i}]) for i in (1, 99)]")
-    done = subprocess.run([sys.executable, "-c", half, tmp_path], capture_output=True, text=True)
-    assert "No space left" in done.stderr
-    assert [row["step"] for row in runs.read_rows(tmp_path)] == [1]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            [runs.log(tmp_path, metrics=[{"step": i, "x": "y" * i}]) for i in (1, 99)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "x": "y"}\n'
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_config(Qwen2Config(
@@ -178,7 +170,7 @@ def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
             patch.setattr(module, name, fault)
             [save(step) for step in (5, 6)]
-        said = capsys.readouterr().out
+        said = "".join(capsys.readouterr())
         assert "not written" in said and ("GiB are free" in said or "not finite" in said)
         assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(SystemExit, match="1"):  # whatever on_full_disk says
@@ -220,7 +212,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
     page = (tmp_path / "c" / "report.html").read_text()
     assert "<img src=x" not in page and page.count("</script>") == 1 and len(page) < 5e6
     data = json.loads(page.split("const data = ")[1].splitlines()[0])
-    assert data["samples"][-1]["step"] == 2 and data["samples"][0]["problem"] == hostile["problem"]
+    assert data["settings"] == {"variant": "nthr", "out_dir": out}
+    assert data["samples"][-1]["step"] == 2 and data["samples"][0] == hostile
     assert "nowhere: not a run" in refused("plot.py", str(tmp_path / "nowhere"))
     assert "which runs?" in refused("plot.py")
 
@@ -228,7 +221,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
 @pytest.mark.parametrize("dtype, lora_rank", [
     (torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 8)])
 def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, lora_rank,
-                                                              monkeypatch):
+                                                              monkeypatch, dies):
     for config in (AutoConfig.from_pretrained(model_dir, num_hidden_layers=4), Qwen2Config(
             hidden_size=384, intermediate_size=2048, num_attention_heads=6, num_hidden_layers=4,
             num_key_value_heads=2, vocab_size=999, tie_word_embeddings=True)):
@@ -238,14 +231,14 @@ def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, 
             lora = LoraConfig(r=lora_rank, target_modules="all-linear")
             get_peft_model(model.to(dtype), lora)
         kept = {}, {}  # addresses: tensors; the weights are in both
-        for n, found in zip((300, 600), kept):
+        for n, found in zip((60, 120), kept):
             with torch.autograd.graph.saved_tensors_hooks(
                     lambda x: found.update({x.untyped_storage().data_ptr(): x}), lambda x: x):
                 Policy(model, dtype)(pack([make_group([3], [np.arange(n) % 99])]), 1.0)
         less, more = (sum(x.untyped_storage().nbytes() for x in y.values()) for y in kept)
         got = update_memory(config, params, compute_bytes=dtype.itemsize, tokens=2**20,
                             lora_rank=lora_rank)
-        assert got["activations"] * 2**10 == pytest.approx((more - less) / 300, rel=0.15)
+        assert got["activations"] * 2**10 == pytest.approx((more - less) / 60, rel=0.1)
         held = memory.held_memory(config, 2, "ddp", dtype.itemsize, lora_rank > 0, lora_rank)
         trained = [p for p in model.parameters() if p.requires_grad]
         assert all(p.dtype == torch.float32 for p in trained)
@@ -255,5 +248,4 @@ def test_memory_is_what_autograd_keeps_and_vllm_gets_the_rest(model_dir, dtype, 
     card = SimpleNamespace(total_memory=23 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     assert memory.vllm_share(0, dict(weights=4, moments=6)) == 10 / 23
-    with pytest.raises(SystemExit, match="2"):
-        memory.vllm_share(0, dict(weights=19.5))
+    dies("leave nothing of the GPU", memory.vllm_share, 0, dict(weights=19.5))

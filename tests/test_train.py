@@ -164,7 +164,8 @@ def test_two_ranks(run, tmp_path, small):
 # bad input, refused before anything is loaded
 GOOD = '{"problem": "1 + 1", "answer": "2"}\n'
 FILES = {"empty": "", "good": GOOD, "long": GOOD + GOOD.replace("1 +", "1 + " * 9000),
-         "wrong": '{"problem": "10 + 10", "solution": "y"}', "x.safetensors": "cut off"}
+         "wrong": '{"problem": "10 + 10", "solution": "y"}', "x.safetensors": "cut off",
+         "solved": '{"problem": "1 + 1", "answer": "2", "solution": "\\\\boxed{2}"}'}
 REFUSED = """
 train.py --eval_dataset=nowhere.jsonl            eval_dataset: there is no file nowhere.jsonl
 train.py --dataset=DIR/empty                     has no rows
@@ -175,7 +176,7 @@ train.py --dataset=math --data_dir=config        math_lvl3to5_12k_split.jsonl
 train.py --model=models/nowhere                  models/nowhere
 train.py --prompts_per_update=3                  prompts_per_update
 train.py --nthr_beta=inf                         nthr_beta
-train.py --max_response_tokens=100000            context
+train.py --dataset=DIR/good --max_response_tokens=100000            context
 train.py --variant=dagrpo                        has a solution
 train.py --learning_rate=1e30                   1e+30 is not <= 0.01
 train.py --weight_decay=2                        weight_decay: 2.0 is not <= 1
@@ -193,8 +194,8 @@ train.py --judge=gpt-4o                          neither rubric nor random nor a
 train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
 train.py --anchors=1 --demos=DIR/good            good, line 1: 'solution' is missing
 train.py --anchors=1 --demos=DIR/wrong           all 1 demonstrations are wrong
-train.py --anchors=1 --dataset=sums --max_response_tokens=9          are longer than
-train.py --variant=dagrpo --dataset=sums --judge=http://127.0.0.1:9  9 does not answer
+train.py --anchors=1 --dataset=DIR/solved --max_response_tokens=3  are longer than
+train.py --variant=dagrpo --dataset=DIR/solved --judge=http://127.0.0.1:9  9 does not answer
 train.py --tp=2                                  tp: 2 is not a divisor of 1, the ranks
 train.py --resume --out_dir=DIR                  no whole checkpoint
 train.py --out_dir=DIR/empty                     out_dir
@@ -216,7 +217,6 @@ def test_bad_input(case, refused, tmp_path, model_dir):
 
 def test_bad_input_of_a_process(run, tmp_path):
     (tmp_path / "long").write_text(FILES["long"])
-    for script, flag in (("train.py", f"--dataset={tmp_path}/long"), ("eval.py", "--chkpt=x")):
-        done = run(script, flag, check=False)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = run("train.py", f"--dataset={tmp_path}/long", check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
