@@ -343,7 +343,8 @@ while True:
             for batch in unit.batches:
                 # DDP averages gradients in the last micro-batch; FSDP adds shards up as it goes
                 net.require_backward_grad_sync = batch is update[-1].batches[-1]
-                logp, entropy, h, _ = out = net(batch, temperature)
+                out = net(batch, temperature)
+                logp, entropy = out[:2]
                 if not unit.early:
                     ask_old_policy(unit, [out], head, figures)
                 batch_loss = losses.policy_loss(logp, batch, figures=figures, **of_loss)
@@ -362,7 +363,7 @@ while True:
         if before and not norm.isfinite():  # the whole step is undone
             model_utils.put_back(optimizer, before)
             break
-    updates = update = units = unit = batch = out = h = head = before = None  # vLLM wants the room
+    updates = update = units = unit = batch = out = head = before = None  # vLLM wants the room
     figures.lap("update")
 
     # ---- sync

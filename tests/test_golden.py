@@ -79,9 +79,10 @@ def test_a_step_without_a_finite_gradient_is_undone(tmp_path, small, monkeypatch
     assert [row.get("train/bad_steps") for row in read_rows(out)] == [0, 1, 0]
     kept = torch.load(out / "bad_step_2.pt", weights_only=False)
     assert [g.row for g in kept] == [g.row for g in groups]
-    with pytest.raises(SystemExit, match="1"):
-        after(math.inf, math.nan, 1.0)
-    assert "error: step 2: no finite gradient, 2 steps in a row" in capsys.readouterr().err
+    if updates == 1:
+        with pytest.raises(SystemExit, match="1"):
+            after(math.inf, math.nan, 1.0)
+        assert "error: step 2: no finite gradient, 2 steps in a row" in capsys.readouterr().err
 
 
 def test_a_gap_to_vllm_ends_the_run_before_the_weights_move(tmp_path, small, monkeypatch, capsys):

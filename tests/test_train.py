@@ -215,6 +215,7 @@ def test_bad_input(case, refused, tmp_path, model_dir):
     assert words in refused(*command.split())
 
 
+@pytest.mark.slow
 def test_bad_input_of_a_process(run, tmp_path):
     (tmp_path / "long").write_text(FILES["long"])
     done = run("train.py", f"--dataset={tmp_path}/long", check=False)
