@@ -23,7 +23,7 @@ import torch.distributed as dist
 from configurator import check, configure, die, is_rank0, load_function, print0, settings_for
 from data import STYLES, encode_prompts, load_problems, load_tokenizer, of_ranks
 from model_utils import setup_distributed
-from runs import check_checkpoint, check_folder, free_name, write_jsonl, write_whole
+from runs import check_checkpoint, check_folder, free_name, read_config, write_jsonl, write_whole
 
 ckpt = "out/quickstart"       # a run, runs, a step_* or other folder, several (commas), a hub id
 as_trained = True             # ask a checkpoint of train.py with its run's prompt, length and set
@@ -123,7 +123,7 @@ def plan(model, tokenizer, room, given):
     model: its own settings; room: tokens of its context; given: those of eval.py."""
     run, folder = {}, Path(model["ckpt"])
     if as_trained and (folder / "trainer_state.json").exists():  # its files are whole: find_models
-        run = json.loads((folder / "run_config.json").read_text())
+        run = read_config(folder)
     own = run.get("eval_dataset") or run.get("dataset", "arithmetic")
     if "data" not in given:
         run["max_problems"] = run.get("eval_problems")

@@ -14,7 +14,7 @@ import seaborn
 from matplotlib.figure import Figure
 
 from configurator import die
-from runs import read_rows, write_whole
+from runs import read_config, read_rows, write_whole
 
 # The panels: title, and the keys of metrics.jsonl that it shows; of several runs the first alone.
 PANELS = """\
@@ -46,12 +46,13 @@ def read_runs(folders):
     configs, runs = [], []
     for folder in folders:
         try:
-            configs.append(json.loads(Path(folder, "run_config.json").read_text()))
+            configs.append(read_config(folder))
             runs.append(read_rows(folder) or die(f"{folder}: a run without a row"))
         except (OSError, ValueError) as e:
             die(f"{folder}: not a run with run_config.json and metrics.jsonl: {e}")
-    differ = [key for key in configs[0] if key not in ("seed", "out_dir", "resume")
-              and any(config.get(key) != configs[0][key] for config in configs)]
+    differ = [key for key in dict.fromkeys(key for config in configs for key in config)
+              if key not in ("seed", "out_dir", "resume")
+              and any(config.get(key) != configs[0].get(key) for config in configs)]
     seeds = {}
     for config, rows in zip(configs, runs):
         seeds.setdefault("\n".join(f"{key}={config.get(key)}" for key in differ), []).append(rows)
@@ -94,8 +95,7 @@ def report(folder):
     script = ast.parse(Path(__file__).with_name("train.py").read_text(encoding="utf-8"))
     defaults = {ast.unparse(node.targets[0]): ast.unparse(node.value)
                 for node in script.body if isinstance(node, ast.Assign)}
-    settings = json.loads(Path(folder, "run_config.json").read_text())
-    settings = {key: x for key, x in settings.items() if repr(x) != defaults.get(key)}
+    settings = {key: x for key, x in read_config(folder).items() if repr(x) != defaults.get(key)}
     samples = read_rows(folder, "samples")
     while len(samples) > 1 and len(json.dumps(samples)) > 4_000_000:
         samples = samples[::-2][::-1]  # the newest stays

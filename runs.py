@@ -89,6 +89,11 @@ def read_rows(out_dir, name="metrics"):
     return rows
 
 
+def read_config(folder):
+    """The settings of a run or of a checkpoint of one."""
+    return json.loads(Path(folder, "run_config.json").read_text())
+
+
 def check_folder(path):
     """Make a folder to write to, or end the program."""
     try:
@@ -135,7 +140,7 @@ def open_run(out_dir, config, start=None):
     start: the checkpoint that is resumed, (folder, state): settings that differ are printed, rows
     that will come again leave metrics.jsonl and samples.jsonl. None: all of an earlier run goes."""
     if start:
-        before = {"lora_rank": 0} | json.loads(Path(start[0], "run_config.json").read_text())
+        before = {"lora_rank": 0} | read_config(start[0])
         for key, value in json.loads(json.dumps(config)).items():
             if before.get(key) != value and key != "resume":
                 print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")

@@ -102,7 +102,7 @@ def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys):
     runs.prune(tmp_path, path, 1)  # saved after a resume from it: whole, so it stays
     assert runs.newest_checkpoint(tmp_path)[0] == path
     assert capsys.readouterr().out.count("warning: ") == 5
-    runs.prune(tmp_path, str(paths[2]), 2)
+    runs.prune(f"{tmp_path}/", f"{tmp_path}//{paths[2].name}", 2)
     assert runs.checkpoints(tmp_path) == [str(p) for p in paths[:0:-1]]
 
 
@@ -185,7 +185,7 @@ def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
 def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatch, refused):
     for name, config, values in (("a", dict(variant="grpo", seed=0), (1, 2)),
                                  ("b", dict(variant="grpo", seed=1), (3, 8)),
-                                 ("c", dict(variant="nthr", seed=0), (5, None))):
+                                 ("c", dict(variant="nthr", seed=0, newer=1), (5, None))):
         out = str(tmp_path / name)
         runs.open_run(out, config | dict(out_dir=out))
         for step, x in enumerate(values):
@@ -199,10 +199,10 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
                               for line in ax.lines if len(line.get_xdata())}
              for ax in figures[0].axes}
     assert drawn == {
-        "entropy, nats a token": {"variant=grpo\n2 seeds": [[0, 2], [1, 5]],
-                                  "variant=nthr\n1 seeds": [[0, 5]]},
-        "seconds": dict.fromkeys(("variant=grpo\n2 seeds", "variant=nthr\n1 seeds"),
-                                 [[0, 3], [1, 3]])}
+        "entropy, nats a token": {"variant=grpo\nnewer=None\n2 seeds": [[0, 2], [1, 5]],
+                                  "variant=nthr\nnewer=1\n1 seeds": [[0, 5]]},
+        "seconds": dict.fromkeys(("variant=grpo\nnewer=None\n2 seeds",
+                                  "variant=nthr\nnewer=1\n1 seeds"), [[0, 3], [1, 3]])}
     band = figures[0].axes[0].collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == (1, 8)
     monkeypatch.undo()
@@ -212,7 +212,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_curve(tmp_path, monkeypatc
     page = (tmp_path / "c" / "report.html").read_text()
     assert "<img src=x" not in page and page.count("</script>") == 1 and len(page) < 5e6
     data = json.loads(page.split("const data = ")[1].splitlines()[0])
-    assert data["settings"] == {"variant": "nthr", "out_dir": out}
+    assert data["settings"] == {"variant": "nthr", "newer": 1, "out_dir": out}
     assert data["samples"][-1]["step"] == 2 and data["samples"][0] == hostile
     assert "nowhere: not a run" in refused("plot.py", str(tmp_path / "nowhere"))
     assert "which runs?" in refused("plot.py")
