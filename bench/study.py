@@ -190,6 +190,8 @@ def train_missing(ground, chosen, of_seeds):
             return known, []
     if leaves_start and not os.path.exists(start):
         run_script("train.py", *leaves_start)
+    if not os.path.exists(start):
+        die(f"grounds: {start}, from which {ground} starts, is not there: make setup")
     known, took = checksum(f"{start}/model.safetensors")[:12], []
     missing = [cell for cell in cells if (*cell, known) not in rows]
     for i, cell in enumerate(missing, 1):

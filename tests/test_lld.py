@@ -135,8 +135,3 @@ def test_a_stopped_run_goes_on(run, out, tmp_path):
     assert "both outcomes" not in run(*ARGS, f"--out_dir={cut}").stdout  # not sampled again
     for name in ("groups.jsonl", "questions.jsonl", "tokens.html"):
         assert (cut / name).read_text() == (out / name).read_text()
-
-
-def test_bad_input(refused):
-    for key, value in dict(variants="('grpo','gpro')", group_size=1, split="valid").items():
-        assert f"{key}: " in refused("lld.py", f"--{key}={value}")

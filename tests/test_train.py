@@ -29,10 +29,6 @@ KEYS = """
     perf/rollout_tok_s perf/train_tok_s perf/peak_memory_gib""".split()
 
 
-def rows(path):
-    return [json.loads(line) for line in open(path)]
-
-
 def steps(out):
     return [row for row in read_rows(out) if "train/loss" in row]
 
@@ -67,9 +63,9 @@ def test_a_run_leaves_what_it_promises(whole):
         # the first update moves the correct responses of the second
         assert abs(row["displacement/mean"]) > 1e-5 and 0 <= row["displacement/fell"] <= 1
         assert len(step_line(row | {"step": 9_999}, 9_999)) <= 120 and step_line(row, 2) in printed
-    samples = rows(out / "samples.jsonl")
+    samples = read_rows(out, "samples")
     assert [s["step"] for s in samples] == [1, 1, 2, 2]
-    answers = [(r["problem"], r["solution"], r["step"]) for r in rows(out / "right_answers.jsonl")]
+    answers = [(r["problem"], r["solution"], r["step"]) for r in read_rows(out, "right_answers")]
     for s in samples:
         right = [text for text, reward in zip(s["responses"], s["reward"]) if reward]
         assert {(s["problem"], text, s["step"]) for text in right[:2]} <= {*answers}
@@ -126,7 +122,7 @@ def test_a_stopped_run_saves_and_its_resume_gives_the_same_metrics(whole, run):
     run(*args, f"--out_dir={cut}", "--resume")
     assert figures(cut) == figures(out)
     for name in ("samples", "right_answers"):
-        assert rows(cut / f"{name}.jsonl") == rows(out / f"{name}.jsonl")
+        assert read_rows(cut, name) == read_rows(out, name)
     again = weights(cut, 2)
     assert all(torch.equal(p, again[name]) for name, p in weights(out, 2).items())
 
@@ -151,7 +147,7 @@ def test_two_ranks(run, tmp_path, small):
     assert second["rollout/anchor_share"] == 1 and second["rollout/groups_kept"] == 2
     assert second["anchor/logp"] < 0 < second["anchor/entropy"] and second["anchor/age"] is None
     # every response has the score that is its own, whichever rank judged it
-    samples = [s for s in rows(near / "samples.jsonl") if s["step"] == 2]
+    samples = [s for s in read_rows(near, "samples") if s["step"] == 2]
     assert [s["is_anchor"] for s in samples] == [[False] * 3 + [True]] * 2
     for s in samples:
         row = s | {"solution": s["responses"][-1]}
@@ -203,7 +199,12 @@ eval.py --ckpt=DIR                               neither a whole model
 eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
 eval.py --ckpt=MODEL --data=arithmetic,nowhere   there is no file nowhere
 eval.py --n_of=('aime24',32)                     n_of: 'aime24' is none of a pair
-eval.py --chkpt=x                                'ckpt'"""
+eval.py --chkpt=x                                'ckpt'
+eval.py --ckpt=MODEL --n=4                       n: 4
+eval.py --ckpt=MODEL --temperature=-1            temperature: -1
+lld.py --variants=('grpo','gpro')                variants: 'gpro'
+lld.py --group_size=1                            group_size: 1
+lld.py --split=valid                             split: 'valid'"""
 
 
 @pytest.mark.parametrize("case", REFUSED.split("\n")[1:])
