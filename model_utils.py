@@ -321,7 +321,9 @@ class HeadLogprob(torch.autograd.Function):
         grad = -grad / ctx.temperature
         of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1, not p
         of_rows = (h, lse, grad, targets[:, None], of_target[:, None], dh)
-        for x, lse_x, grad_x, y, error, dx in zip(*(t.split(ctx.chunk) for t in of_rows)):
+        # a filler has no rows, and kernels need not bear that
+        for x, lse_x, grad_x, y, error, dx in zip(
+                *(t.split(ctx.chunk) for t in of_rows if len(h))):
             d = head_errors(x, w, lse_x, grad_x, ctx.temperature).scatter_(-1, y, error)
             torch.mm(d, w, out=dx)
             if dw is None:  # LoRA leaves the head alone

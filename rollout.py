@@ -41,7 +41,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     """A vLLM engine in this process, one per rank or `tp` neighbouring ranks (tensor parallel).
     context: tokens of the longest prompt and response. dtype: "auto" is bfloat16 on CUDA, float32
     on a CPU. All ranks call together, before the trainer takes its memory; it reseeds torch."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    warnings.filterwarnings("ignore", module="vllm")
     from vllm import LLM  # here: an import of many seconds
     on_cuda = torch.cuda.is_available()
     if on_cuda:

@@ -241,7 +241,7 @@ def ask_old_policy(unit, outs, head, figures):
 
 
 def check_gap(figures):
-    """End the run, before the weights move, if vLLM does not sample from them."""
+    """End the run, before an update, if vLLM does not sample from the trainer's weights."""
     if max_gap and (gap := figures.all_ranks()["gap/mean"]) > max_gap:
         die(f"step {step}: vLLM's logp is {gap:.2g} nats from the trainer's, {max_gap=}: did a "
             "push miss weights, is rollout_dtype coarse, is it another model to vLLM?", code=1)

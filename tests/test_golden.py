@@ -73,11 +73,11 @@ def test_a_step_without_a_finite_gradient_is_undone(tmp_path, small, monkeypatch
         _, policy = replay([groups] * len(bad), *flags, f"--out_dir={out}")
         return out, {name: model_utils.full(x) for name, x in policy.state_dict().items()}
 
-    (out, with_bad), (_, without) = after(1.0, math.nan, 1.0), after(1.0, 1.0)
+    (out, with_bad), (_, without) = after(math.nan, 1.0, math.nan, 1.0), after(1.0, 1.0)
     assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
-    assert all(row["train/grad_norm"] > 0 for row in read_rows(out)[::2])
-    assert [row.get("train/bad_steps") for row in read_rows(out)] == [0, 1, 0]
-    kept = torch.load(out / "bad_step_2.pt", weights_only=False)
+    assert all(row["train/grad_norm"] > 0 for row in read_rows(out)[1::2])
+    assert [row.get("train/bad_steps") for row in read_rows(out)] == [1, 0, 1, 0]
+    kept = torch.load(out / "bad_step_3.pt", weights_only=False)
     assert [g.row for g in kept] == [g.row for g in groups]
     if updates == 1:
         with pytest.raises(SystemExit, match="1"):
