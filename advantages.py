@@ -8,7 +8,7 @@ of its n response tokens are tensors on the device, one response after the other
     responses of 2, 1 and 3 tokens, the second one right:
     reward (3,)     0  1  0             advantage of grpo (6,)   -.71 -.71 1.41 -.71 -.71 -.71
 
-Rewards are 1 for a correct response, else 0; of fractions those over data.RIGHT are correct. p is a
+Rewards are 1 for a correct response, else 0; a fraction over data.RIGHT counts as correct. p is a
 group's share of correct ones. [NTHR] is arXiv 2505.18830, [THR] 2510.03669, [DaGRPO] 2512.06337,
 [NSR] 2506.01347, [ENTROPY] 2506.01939, [DrGRPO] 2503.20783."""
 import math
@@ -34,11 +34,11 @@ CHOICES = dict(  # of settings: the values that they may have, or their types
 @dataclass
 class Old:
     """What the policy that sampled says of the n response tokens of one group."""
-    logp: torch.Tensor      # (n,) log-probability of each token
+    logp: torch.Tensor      # (n,) log-probability of each token, at `temperature`
     entropy: torch.Tensor   # (n,) entropy of the distribution it was drawn from, nats
     h: torch.Tensor         # (n, d) the hidden state that predicts it, as the LM head sees it
     lse: torch.Tensor       # (n,) logsumexp(logits / temperature) over the whole vocabulary
-    head: torch.Tensor      # (V, d) the LM head, logits = h head^T; None but for SCORED variants
+    head: torch.Tensor      # (V, d) the LM head, logits = h head^T; None if variant not in SCORED
     temperature: float = 1.0
 
 
@@ -65,16 +65,17 @@ def response_advantages(group, advantage_norm="std", pos_weight=1.0, neg_weight=
     return weight * group_advantages(group.reward, advantage_norm)
 
 
-def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, neg_weight=1.0,
-                     nthr_beta=1.0, nthr_eta=None, nthr_vocab="response", thr_p=0.0,
-                     entropy_share=0.2, delta=3.0, figures=None):
+def token_advantages(variant, group, old, advantage_norm="std", nthr_beta=1.0, nthr_eta=None,
+                     nthr_vocab="response", thr_p=0.0, entropy_share=0.2, delta=3.0, figures=None,
+                     **of_response):
     """The advantage of every response token of ONE group, (n,), a constant of the step.
 
-    group: data.Group; old: Old. figures: metrics.Figures, notes what a variant does; or None.
+    group: data.Group; old: Old. of_response: further settings of `response_advantages`. figures:
+    metrics.Figures, notes what a variant does; or None.
 
     grpo           A_i for all tokens of response i
     pos_only       negative A_i are 0; the loss goes on counting those tokens
-    nthr           eta A_i for the tokens of incorrect responses that `nthr_select` finds
+    nthr           eta A_i for the tokens of incorrect responses with s > tau, see `threshold`
     random         0 for as many tokens of every incorrect response, drawn at random
     spare_entropy  eta A_i for as many, those of highest entropy; spare_logp: of lowest logp
     thr            A_i 1[|THR| > tau] (1 + thr_p sign THR), THR = s of right, -s of wrong responses,
@@ -84,7 +85,7 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
                    ([ENTROPY], which takes them from the whole batch)
     dagrpo         lambda_i A_i: 0 for whole responses that the judge cannot tell apart"""
     lengths = group.lengths
-    advantage = response_advantages(group, advantage_norm, pos_weight, neg_weight)  # (G,)
+    advantage = response_advantages(group, advantage_norm, **of_response)  # (G,)
     if variant == "pos_only":
         advantage = advantage.clip(min=0)
     if variant == "dagrpo":
@@ -94,22 +95,23 @@ def token_advantages(variant, group, old, advantage_norm="std", pos_weight=1.0, 
 
     if variant == "entropy_top":
         lowest = old.entropy.topk(math.ceil(entropy_share * len(A))).values[-1]
-        # the first tokens of all responses have one entropy, but for rounding: all of them or none
+        # the first tokens of all responses have one entropy, but for rounding: keep all or none
         A = A * (old.entropy >= lowest - 1e-5)
     if variant in SCORED:
         tokens, correct = np.concatenate(group.responses), np.repeat(group.correct, lengths)
         wrong = to_device(~correct, A, torch.bool)
         source = correct / np.repeat(lengths, lengths) if variant == "thr" else correct
         s = influence(old, tokens, source, nthr_vocab)
+        tau = threshold(s, group, nthr_beta)
     if variant == "thr":
         thr = torch.where(wrong, -s, s)
-        kept = thr.abs() > threshold(s, group, nthr_beta)
+        kept = thr.abs() > tau
         A = A * kept * (1 + thr_p * thr.sign())
         if figures:
             figures.mean("thr/kept", kept)
             figures.mean("thr/positive", thr > 0, where=kept)
     elif variant in SCORED:
-        selected, tau = nthr_select(s, group, nthr_beta)
+        selected = wrong & (s > tau)  # [NTHR] eq. 8, Algorithm 1
         if variant != "nthr":
             draws = torch.rand(len(A), generator=torch.Generator().manual_seed(group.seed % 2**63))
             by = {"random": draws.to(A.device, non_blocking=True), "spare_entropy": old.entropy,
@@ -142,7 +144,7 @@ def influence(old, tokens, source, vocab="response", chunk=2048):
     inner product with token t's (times temperature^2). tokens (n,) int and source (n,), weights, 0
     for most, are on the host. vocab "response": only rows of the head whose tokens are in the group
     (V*_x, softmax still over all of them), or "full". Returns (n,) in float32 (float64 of float64).
-    lse is known, so u comes a block of the vocabulary at a time: no array is over chunk x V."""
+    lse is known, so u is made a block of the vocabulary at a time: no array exceeds chunk x V."""
     dtype = torch.promote_types(old.h.dtype, torch.float32)
     h, shift = old.h.to(dtype), -old.lse[:, None].to(dtype)
     head, column = old.head, tokens
@@ -151,36 +153,29 @@ def influence(old, tokens, source, vocab="response", chunk=2048):
         head = head.index_select(0, to_device(rows, h, torch.int64))
     column = to_device(column, h, torch.int64)
     weight = to_device(source[source != 0], h, dtype)
-    source = to_device(np.flatnonzero(source), h, torch.int64)
-    h_source = h.index_select(0, source) * weight[:, None]  # (K, d)
+    at = to_device(np.flatnonzero(source), h, torch.int64)  # (K,) the source tokens
+    h_source = h.index_select(0, at) * weight[:, None]  # (K, d)
     s = h.new_zeros(len(h))
-    block = max(1, chunk * len(head) // max(h.shape))  # rows of u (n, block) and M (d, block)
+    block = max(1, chunk * len(head) // max(h.shape))  # tokens of the vocabulary
     for a in range(0, len(head), block):
         w = head[a:a + block].to(old.h.dtype).to(dtype)  # (block, d)
         u = torch.addmm(shift, h, w.T, alpha=1 / old.temperature).exp_().neg_()  # (n, block)
         here = ((column >= a) & (column < a + len(w))).to(dtype)
         u.scatter_add_(1, (column - a).clamp(0, len(w) - 1)[:, None], here[:, None])
-        M = h_source.T @ u.index_select(0, source)  # (d, block), transposed
+        M = h_source.T @ u.index_select(0, at)  # (d, block), transposed
         s += torch.linalg.vecdot(u, h @ M)
     return s
 
 
 def threshold(s, group, beta):
-    """tau = beta x the lowest mean of s of a correct response, ().
+    """tau = beta x the lowest mean of s (n,) of a correct response, ().
     [NTHR] eq. 9. The sum in s is over all correct responses, the response itself included, as in
-    the formulas. tau may be negative; -inf for beta=-inf; inf without a correct response."""
+    the formulas. tau may be negative; -inf for beta=-inf, which selects every incorrect token; inf
+    without a correct response. bench/overlap.py has it, too."""
     means = [x.mean() for x, correct in zip(s.split(group.lengths), group.correct) if correct]
     if not means or beta == -np.inf:
         return s.new_full((), beta if means else torch.inf)
     return beta * torch.stack(means).min()
-
-
-def nthr_select(s, group, beta):
-    """(selected (n,), tau ()): tokens of incorrect responses with s (n,) > tau, see `threshold`.
-    [NTHR] eq. 8, Algorithm 1. beta=-inf selects every incorrect token."""
-    wrong = to_device(np.repeat(~group.correct, group.lengths), s, torch.bool)
-    tau = threshold(s, group, beta)
-    return wrong & (s > tau), tau
 
 
 def as_many(selected, by, lengths):

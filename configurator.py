@@ -7,6 +7,7 @@ without `--` are config files, Python, later ones win. `--key=value` and `--key 
 files; a bare `--key` turns a boolean on, a setting that is `()` takes all words up to the next
 flag. A setting's type is its default's; None takes anything. A function is "FILE.py:NAME"."""
 import ast
+import contextlib
 import difflib
 import inspect
 import math
@@ -37,6 +38,18 @@ def die(message, code=2):
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def blame(what, file=None):
+    """Whatever its body raises ends the program, as bad input: `what`, the last line of `file`, the
+    user's, that was run, the error."""
+    try:
+        yield
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+        line = f", line {lines[-1]}" if lines else ""
+        die(f"{what}{line}: {type(e).__name__}: {e}")
 
 
 def _checked(key, value, default, where):
@@ -70,17 +83,9 @@ def _unknown(key, known, where):
 def _run_file(path, settings, defaults):
     """Override settings by those of a config file, which sees them as they are so far."""
     scope = dict(settings, __file__=path)
-    try:
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read(), path)
+    with blame(f"config file {path}", path), open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read(), path)
         exec(compile(tree, path, "exec"), scope)
-    except SyntaxError as e:
-        die(f"config file {path}, line {e.lineno}: {e.msg}")
-    except Exception as e:  # whatever the user's file raised, its own line is what helps
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
-        if not lines:  # it cannot be read
-            die(f"config file {path}: {getattr(e, 'strerror', None) or e}")
-        die(f"config file {path}, line {lines[-1]}: {type(e).__name__}: {e}")
     lines = {n.id: n.lineno for n in ast.walk(tree)
              if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for key, value in scope.items():
@@ -96,10 +101,8 @@ def _run_file(path, settings, defaults):
 def load_function(name, key):
     """The function "FILE.py:NAME", the value of the setting `key`; ends the program without it."""
     file, _, function = name.rpartition(":")
-    try:
+    with blame(f"{key}: {name} is no function of a file, FILE.py:NAME", file):
         return runpy.run_path(file)[function]
-    except Exception as e:  # whatever is in the file
-        die(f"{key}: {name} is no function of a file, FILE.py:NAME: {e!r}")
 
 
 def configure(script_globals, argv=None):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from config.sets import BOXED, CHOICE, MADE, SETS, STYLES
-from configurator import die, load_function, print0
+from configurator import blame, die, load_function, print0
 from grader import grade_all
 
 
@@ -83,8 +83,10 @@ def load_problems(name, split, key="dataset", data_dir="data"):
     if name in MADE:
         return MADE[name](split)
     if ".py:" in name:
-        rows = load_function(name, key)(split)
-        return _read_problems(name, key, lines=map(json.dumps, rows))
+        function = load_function(name, key)
+        with blame(f"{key}: {name}", name.rpartition(":")[0]):
+            lines = [*map(json.dumps, function(split))]
+        return _read_problems(name, key, lines=lines)
     file = SETS.get((name, split))
     path = f"{data_dir}/{file}.jsonl" if file else name
     if os.path.isfile(path):
@@ -98,7 +100,7 @@ def load_problems(name, split, key="dataset", data_dir="data"):
 def _read_problems(path, key, second="answer", lines=None):
     """Rows of a JSON Lines file, or lines, which have two texts: `problem` and `second`."""
     rows = []
-    for number, line in enumerate(lines or open(path, "rb"), 1):
+    for number, line in enumerate(open(path, "rb") if lines is None else lines, 1):
         if not line.strip():
             continue
         where = f"{key}: {path}, line {number}"
@@ -288,7 +290,8 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
     chats = [head + chat(*style["few_shot"], row["problem"]) for row in problems]
     if prompt:
         chats = map(load_function(prompt, "prompt"), problems)
-    prompts = [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
+    with blame(f"prompt: {prompt or 'the chat template'}", (prompt or "").rpartition(":")[0]):
+        prompts = [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
     lengths = list(map(len, prompts))
     if max(lengths) > room:
         die(f"{key}: problem {lengths.index(max(lengths)) + 1}: its prompt has {max(lengths)} "
@@ -296,12 +299,13 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
     return prompts
 
 
-def load_tokenizer(model, key="model"):
-    """(tokenizer, Hugging Face config) of a folder or hub id, which the setting `key` named."""
-    try:
+def load_tokenizer(model, tp=1, key="model"):
+    """(tokenizer, Hugging Face config) of a folder or hub id, which the setting `key` named; ends
+    the program if tp engines cannot share its attention heads."""
+    with blame(f"{key}: cannot read {model}"):
         tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
-    except Exception as e:  # OSError, ValueError, KeyError and the libraries' own
-        die(f"{key}: cannot read {model}: {e}")
     if not tokenizer.chat_template:
         die(f"{key}: {model}: its tokenizer has no chat template")
+    if config.num_attention_heads % tp:
+        die(f"tp: {tp} does not divide the model's {config.num_attention_heads} attention heads")
     return tokenizer, config

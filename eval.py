@@ -1,6 +1,7 @@
 """Accuracy of models on the papers' benchmarks or your own problems, through vLLM.
 
     python eval.py --ckpt=out/quickstart        a run: its checkpoints, on its own held-out problems
+                                                (or, if it has none, on those it was trained on)
     python eval.py config/eval_nthr.py --ckpt=Qwen/Qwen2.5-Math-1.5B     a row of [NTHR] Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0    all runs in out/
     torchrun --nproc_per_node=8 -- eval.py --ckpt=DIR --n=8 --tp=2     `--`, since torchrun has --n
@@ -41,7 +42,7 @@ seed = 0                      # of sampling; the number of ranks changes nothing
 out_dir = None                # None: eval/ beside a run's checkpoints, out/eval for other models
 compare = ()                  # two files of responses: compare them and do nothing else
 dtype = "auto"                # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
-tp = 1                        # GPUs an engine is spread over; the ranks make nproc / this engines
+tp = 1                        # GPUs an engine; there are nproc / tp engines
 gpu_memory_utilization = 0.9  # share of each GPU that vLLM takes
 max_num_seqs = None           # sequences an engine runs at once; None: vLLM's own choice
 
@@ -128,6 +129,7 @@ def plan(model, tokenizer, room, given):
     if "data" not in given:
         run["max_problems"] = run.get("eval_problems")
     for name in given.get("data", own).split(","):
+        # later ones win: defaults, the set's style, the run, what was given
         how = {"dataset": name, "max_response_tokens": 2048} | STYLES.get(name, {}) | run
         how |= given | {"n": dict(n_of).get(name, n)}
         if how["n"] > 1 and how["temperature"] == 0:
@@ -203,6 +205,9 @@ if __name__ == "__main__":
            ">= 0": "temperature", "<= 1": "gpu_memory_utilization"},
           texts="data data_dir system_prompt prompt reward out_dir",
           counts="max_num_seqs max_response_tokens max_problems")
+    for pair in n_of:
+        if [*map(type, pair)] != [str, int] or pair[1] < 1:
+            die(f"n_of: {pair} is not a set and a number of responses")
     given = {key: value for key, value in config.items() if value is not None}
     models = {}
     for part in ckpt.split(","):
@@ -215,7 +220,7 @@ if __name__ == "__main__":
     check_folder(home)
     jobs, first = [], None
     for folder, weights in models.items():
-        tokenizer, hf_config = load_tokenizer(folder, "ckpt")
+        tokenizer, hf_config = load_tokenizer(folder, tp, "ckpt")
         kind = hf_config.to_dict()
         kind |= dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
         first = first or kind
@@ -229,7 +234,8 @@ if __name__ == "__main__":
     inside, results = None, []  # inside: whose weights the engine has
     for settings, *questions in jobs:
         folder, sampling = settings["ckpt"], settings_for(generate_all_ranks, settings)
-        stem = f"{Path(settings['data']).stem}_n{settings['n']}_t{settings['temperature']:g}"
+        name = settings["data"].replace("/", "_")  # files of one stem are two sets
+        stem = f"{name}_n{settings['n']}_t{settings['temperature']:g}"
         path = f"{home}/{settings['model']}/{stem}.jsonl"
         rows = kept_rows(path, settings)
         if rows is None:

@@ -85,9 +85,9 @@ def rubric_score(row, text, reward, truncated):
     """1 + 0.9 x correct + 5.1 x overlap + 1.5 x reached + 1.5 x (it ends with a box), in [1, 10].
     reached: the share of the demonstration's intermediate results (numbers outside boxes, neither
     the problem's nor the answer) that are in the text; overlap: 2 x common / (both counts). Both
-    are 1 if it has none. A right answer alone is worth less than any delta of 1."""
+    are 1 if it has none. Being right is worth 0.9, less than a delta of 1."""
     known = numbers(row["problem"]) | numbers(last_boxed(row["solution"]))
-    want = numbers(row["solution"]) - known
+    want = numbers(re.sub(BOX, " ", row["solution"])) - known
     got = numbers(re.sub(BOX, " ", text)) - known
     common = len(want & got)
     overlap = 2 * common / (len(want) + len(got)) if want else 1
@@ -97,7 +97,7 @@ def rubric_score(row, text, reward, truncated):
 
 
 def connect(url):
-    """A client of a server, which JUDGE_API_KEY is for."""
+    """A client of a server, whose key is in JUDGE_API_KEY."""
     key = os.environ.get("JUDGE_API_KEY") or "none"
     return openai.OpenAI(base_url=url, api_key=key, timeout=TIMEOUT, max_retries=1)
 
@@ -174,7 +174,7 @@ def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, ca
     """Set the score (G,) of the groups that have a demonstration by a local judge or an address.
     All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
     file of out_dir. judge_noise: standard deviation, points; scores stay in [1, 10]. Counts:
-    different responses asked, groups without masks for lack of a score, or of a demonstration."""
+    different responses judged, groups without masks for lack of a score, or of a demonstration."""
     shown = [g for g in groups if g.row.get("solution")]
     if judge == "rubric":
         scores = [map(partial(rubric_score, g.row), g.texts, g.reward, g.truncated) for g in shown]

@@ -14,7 +14,7 @@ import copy
 import itertools
 import json
 
-from rollout import build_engine, sample_batch, sleep_engine  # before torch
+from rollout import build_engine, sample_batch, sleep_engine, sync_weights  # before torch
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from tqdm import trange
 import advantages
 import losses
 import model_utils
-from advantages import VARIANTS, Old, gwhes, influence, nthr_select
+from advantages import VARIANTS, Old, gwhes, influence, threshold
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
 from eval import bootstrap, kept_rows, table
@@ -163,8 +163,9 @@ def measure(index):
     s_mean = influence(old, tokens, correct / np.repeat(lengths, lengths), nthr_vocab)
     exact = influence(old, tokens, correct, "full")
     negative = influence(old, tokens, ~correct, "full")
-    selected, tau = nthr_select(s, group, nthr_beta)
+    tau = threshold(s, group, nthr_beta)
     wrong = torch.from_numpy(~correct).to(device)
+    selected = wrong & (s > tau)
     of_tokens = {"s": s, "thr": torch.where(wrong, -s_mean, s_mean), "entropy": old.entropy,
                  "surprisal": -old.logp, "selected_tokens": selected}
     for key, x in of_tokens.items():
@@ -239,6 +240,6 @@ if is_rank0():
     picture()
     print0(f"{text}\nwrote {out_dir}/: summary.md, tokens.html, delta.png and more")
 dist.barrier()
-if engine and device.type == "cuda":
-    engine.wake_up()  # what it unmapped when it went to sleep is not to be unmapped again
+if engine:
+    sync_weights(engine, policy.model)  # awake: its shutdown would unmap again what sleep unmapped
 del engine  # last: its shutdown ends the process group

@@ -37,14 +37,14 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
     cispo  -A clip(ratio) logp, clip(ratio) a constant: no token's gradient is cut off ([CISPO])
     times the truncated importance min(pi_old / pi_rollout, tis_cap) if tis_cap ([TIS]), plus
     kl_coef times KL to the reference model, plus llds times `llds_penalty`. Responses whose product
-    of pi_old / pi_rollout is over seq_mask_cap, or under 1 / seq_mask_cap, have no loss (but keep
-    their share of the weights). Anchor tokens, which were not sampled: see anchor_losses.
+    of pi_old / pi_rollout is over seq_mask_cap, or under 1 / seq_mask_cap, have no loss but LLDS's
+    (and keep their share of the weights). Anchor tokens, which were not sampled: see anchor_losses.
 
     logp (n,), with gradient; batch: its old_logp, advantage, weight, is_anchor, response (n,),
     rollout_logp for tis_cap, ref_logp for kl_coef. clip_high > clip_low is clip-higher ([DAPO])."""
     sampled = ~batch.is_anchor
     A = batch.advantage
-    old_logp = torch.where(sampled, batch.old_logp, logp.detach())
+    old_logp = torch.where(sampled, batch.old_logp, logp.detach())  # an anchor's ratio is 1
     ratio = (logp - old_logp).exp()
     if loss == "gspo":  # a micro-batch has whole responses
         log_ratio = logp.detach() - old_logp
@@ -71,7 +71,8 @@ def policy_loss(logp, batch, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0
 
     if figures:
         gap = log_importance.abs()
-        of_tokens = {"train/clip_fraction": clipped > plain, "train/kl_old": kl_k3(old_logp, logp),
+        is_clipped = clipped != plain if loss == "cispo" else clipped > plain
+        of_tokens = {"train/clip_fraction": is_clipped, "train/kl_old": kl_k3(old_logp, logp),
                      "gap/mean": gap, "gap/importance": importance}
         if kl_coef:
             of_tokens["train/kl"] = kl

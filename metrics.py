@@ -25,7 +25,7 @@ class Figures:
         values, where = (torch.as_tensor(x).detach().to(
             self.device, torch.float64, non_blocking=True) for x in (values, where))
         where = where.expand_as(values) > 0
-        lowest = values.new_full((1,), -torch.inf)  # for fillers, which have no values
+        lowest = values.new_full((1,), -torch.inf)  # fillers have no values, and so no maximum
         largest = torch.cat([lowest, values.where(where, lowest).flatten()]).max()
         triple = torch.stack([values.where(where, 0).sum(), where.sum(), largest])
         self.noted.setdefault((key, kind), []).append(triple)
@@ -62,7 +62,7 @@ def rollout_figures(groups, sampled, wasted, step, anchor_texts):
 
     tokens, kept = of_rollouts(sampled, "lengths"), of_rollouts(groups, "lengths").sum()
     row = {
-        "reward/accuracy": accuracy(sampled), "reward/mean": accuracy(groups, "reward"),
+        "reward/accuracy": accuracy(sampled), "reward/mean": accuracy(sampled, "reward"),
         "rollout/groups_sampled": len(sampled), "rollout/groups_kept": len(groups),
         "rollout/response_tokens": int(kept), "rollout/tokens_dropped": int(tokens.sum() - kept),
         "rollout/prompts_wasted": wasted, "rollout/mean_length": tokens.mean(),
@@ -87,8 +87,8 @@ def note_anchors(figures, group, old):
 
 
 def samples(groups, step, tokenizer, of_response):
-    """What samples.jsonl shows of groups, of tokens what ranks said that trained on them. All call.
-    of_response: settings of response_advantages."""
+    """Rows of samples.jsonl; what they say of tokens is from the ranks that trained on them. All
+    ranks call. of_response: settings of response_advantages."""
     mine = [(i, g.of_tokens.double().round(decimals=4).tolist()) for i, g in enumerate(groups)
             if g.of_tokens is not None]
     of_tokens = dict(sum(of_ranks(mine), []))
@@ -114,7 +114,7 @@ def speed_figures(row, vllm_bytes):
 
 
 def find_alarms(row, rows):
-    """Set alarm/* of a step's row; returns lines to print, each the first time that it is due.
+    """Set alarm/* of a step's row; returns lines to print, of alarms that no earlier row has.
     rows: all of metrics.jsonl so far. What a step lacks is nan and gives no alarm."""
     keys = ["reward/accuracy", "rollout/mean_length", "train/entropy", "train/grad_norm",
             "train/loss", "gap/mean"]
@@ -124,8 +124,9 @@ def find_alarms(row, rows):
     usual = gradient.rolling(21, min_periods=6).median().iloc[-1]
     change = steps["reward/accuracy"].rolling(10).mean().diff(10).iloc[-1]
     spread = steps["train/loss"].rolling(10).std()
+    idle = gradient[-3:].isna().all() and not row.get("train/bad_step")
     found = (
-        ("no_signal", len(steps) > 2 and gradient[-3:].isna().all(),
+        ("no_signal", len(steps) > 2 and idle,
          "no response had an advantage for three steps: try other problems, a larger group_size"),
         ("gradient", now["train/grad_norm"] > 10 * usual,
          "the gradient norm is ten times its median: try a smaller learning_rate"),

@@ -5,7 +5,7 @@
     groups = generate_all_ranks(engine, ...)    evaluation: a group for every problem
     sync_weights(engine, hf_model)              the trainer's weights, before the next rollout
 
-Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a response again.
+Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a rollout again.
 Every response is sampled with a seed of its own, so it depends on nothing sampled beside it."""
 import math
 import os
@@ -47,8 +47,8 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
     if on_cuda:
         of_device = dict(gpu_memory_utilization=gpu_memory_utilization, enable_sleep_mode=True,
                          hf_overrides={"head_dtype": "float32"})  # as the trainer's logits are
-    else:  # small blocks share more of a prompt; a prompt cut in chunks would undo a seeded draw,
-        # which torch's generator on a CPU cannot
+    else:  # small blocks share more of a prompt; prompts cut in chunks would have to take a seeded
+        # draw back, which torch's generator on a CPU cannot
         of_device = dict(enforce_eager=True, block_size=32, enable_chunked_prefill=False)
         torch._dynamo.config.disable = True  # vLLM's sampler would want a compiler
     # log-probabilities are of the distribution sampled from, after temperature
@@ -144,8 +144,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     with bar, ThreadPoolExecutor(1) as grader:  # grades while the engine goes on
         while True:
             # enough?
-            is_open = np.flatnonzero(state[:len(owner)] == OPEN)
-            closed = next(iter(is_open), len(owner))  # nothing before it is open
+            waiting = np.flatnonzero(state[:len(owner)] == OPEN)
+            closed = next(iter(waiting), len(owner))  # all prompts before it are decided
             accepted = np.flatnonzero(state[:closed] == ACCEPTED)[:prompts_per_step]
             bar.update(closed - bar.n)
             if len(accepted) == prompts_per_step or closed == max_prompts:
@@ -153,8 +153,8 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
             # issue prompts, each to the engine with the fewest
             missing = prompts_per_step - np.count_nonzero(state == ACCEPTED)
             most = math.ceil(min(oversample * missing, room)) if missing > 0 else 0
-            load = np.bincount([owner[i] for i in is_open], minlength=engines)
-            for i in range(len(owner), min(max_prompts, len(owner) + most - len(is_open))):
+            load = np.bincount([owner[i] for i in waiting], minlength=engines)
+            for i in range(len(owner), min(max_prompts, len(owner) + most - len(waiting))):
                 owner.append(load.argmin())
                 load[owner[i]] += 1
                 if owner[i] == mine:
@@ -215,7 +215,8 @@ def load_weights(engine, folder):
 
 
 def push_weights(engine, weights):
-    """Write (name, tensor) pairs into the engine's model."""
+    """Write (name, tensor) pairs into the engine's model. Its prefix cache is of the model before
+    until `sample_batch` empties it."""
     if torch.cuda.is_available():
         engine.apply_model(lambda m: m.load_weights(weights) and None)
     else:  # the CPU engine has packed its linears: this unpacks, loads and packs them again
@@ -223,4 +224,3 @@ def push_weights(engine, weights):
         if engine.llm_engine.model_config.hf_config.tie_word_embeddings:  # leaves a head as it was
             engine.apply_model(
                 lambda m: m.lm_head.quant_method.process_weights_after_loading(m.lm_head))
-    engine.reset_prefix_cache()

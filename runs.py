@@ -47,7 +47,7 @@ def or_say_so(out_dir, what, on_full_disk):
     """Its body writes `what`; if that fails, a line says so and the run ends with 1, or goes on."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as e:  # the last two are of a checkpoint
+    except (OSError, RuntimeError, SafetensorError) as e:  # a checkpoint raises the last two
         free = shutil.disk_usage(out_dir).free / 2**30
         print(f"error: {what} is not written: {e}; {free:.2f} GiB are free in {out_dir}")
         if on_full_disk == "stop":
@@ -67,8 +67,8 @@ def free_name(stem):
 
 
 def log(out_dir, **files):
-    """Append rows to files: metrics=[...] are those of metrics.jsonl, whole or not at all. Rank 0.
-    JSON has no nan and no infinities: they become null."""
+    """Append rows to files: metrics=[...] are those of metrics.jsonl, whole or not at all. One rank
+    a file. JSON has no nan and no infinities: they become null."""
     for name in filter(files.get, files):  # those with rows
         rows = json.loads(json.dumps(files[name]), parse_constant=lambda _: None)
         text = "".join(json.dumps(r) + "\n" for r in rows).encode()
@@ -106,15 +106,15 @@ def check_folder(path):
 
 STEPS = "step_" + "[0-9]" * 6
 LOGS = ("metrics.jsonl", "samples.jsonl", "right_answers.jsonl", "run_config.json")
-OURS = (*LOGS, "judge_*.jsonl", "curves.png", "eval", "bad_step_*.pt", STEPS)
+OURS = (*LOGS, "judge_*.jsonl", "curves.png", "report.html", "eval", "bad_step_*.pt", STEPS)
 
 
-def catch_signals(asked):
-    """SIGTERM and Ctrl-C add themselves to the list `asked`: the run ends after its step. One that
-    comes two seconds later or more ends it at once (torchrun repeats the first)."""
+def catch_signals(signals):
+    """SIGTERM and Ctrl-C add themselves to the list `signals`: the run ends after its step. One
+    that comes two seconds later or more ends it at once (torchrun repeats the first)."""
     def handler(number, frame):
-        asked.append((number, time.time()))
-        if asked[-1][1] > asked[0][1] + 2:
+        signals.append((number, time.time()))
+        if signals[-1][1] > signals[0][1] + 2:
             os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,7 +140,7 @@ def open_run(out_dir, config, start=None):
     start: the checkpoint that is resumed, (folder, state): settings that differ are printed, rows
     that will come again leave metrics.jsonl and samples.jsonl. None: all of an earlier run goes."""
     if start:
-        before = {"lora_rank": 0} | read_config(start[0])
+        before = read_config(start[0])
         for key, value in json.loads(json.dumps(config)).items():
             if before.get(key) != value and key != "resume":
                 print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
@@ -155,7 +155,7 @@ def open_run(out_dir, config, start=None):
             os.rename(path, f"{old}/{os.path.basename(path)}")
         elif path.endswith(LOGS):
             shutil.copy(path, old)
-            if path.endswith(".jsonl"):  # the step's evaluation, after its own row, comes again
+            if path.endswith(".jsonl"):  # the step's row stays, its evaluation comes again
                 rows = read_rows(out_dir, Path(path).stem)
                 write_jsonl(path, [row for row in rows if (
                     row["step"], "eval/accuracy" in row) < (start[1]["step"], True)])
@@ -211,7 +211,7 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
 
 
 def prune(out_dir, newest, keep):
-    """Delete the checkpoints up to `newest` but the last `keep`; later ones are broken."""
+    """Keep the last `keep` of the checkpoints up to `newest`; later ones are broken, and stay."""
     for path in [p for p in checkpoints(out_dir) if p[-6:] <= newest[-6:]][keep:]:
         shutil.rmtree(path)
 

@@ -44,7 +44,7 @@ group_size = 8                # responses a prompt (G)
 temperature = 1.0             # of sampling, and of the log-probabilities trained on
 max_response_tokens = 512     # a response cut off here is incorrect
 prompts_per_step = 32         # prompts (groups) trained on in a step, all ranks together
-dynamic_sampling = True       # drop groups that are all correct or all incorrect, and sample more
+dynamic_sampling = True       # drop groups without a signal (all right, all wrong), sample more
 oversample = 1.0              # prompts in work at once / prompts missing; inf: fill the engines
 max_rounds = 8                # prompts sampled a step at most / prompts_per_step
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
@@ -57,17 +57,17 @@ nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct
 nthr_eta = None               # left of a selected token's advantage; None: 2|0.5-p|, or ETAS
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
 thr_p = 0.0                   # of thr: 0.1 exploits, -0.1 explores
-entropy_share = 0.2           # of entropy_top: tokens of a group that keep their advantage
-advantage_norm = "std"        # (r - mean) / std, "mean": r - mean (Dr.GRPO), "sign": 1 or -1 (NSR)
+entropy_share = 0.2           # of entropy_top: share of a group's tokens that keep their advantage
+advantage_norm = "std"        # "std", "mean" (Dr.GRPO), "sign" (NSR): group_advantages
 loss = "clip"                 # one of losses.CHOICES, see losses.policy_loss
 loss_norm = "group"           # "group" (eq. 1), "response", "token", "constant": set_weights
 llds = 0.0                    # times LLDS's penalty on likelihood lost; needs several updates
 pos_weight = 1.0              # times the advantages of correct responses
 neg_weight = 1.0              # times those of incorrect ones
-clip_low = 0.2                # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-clip_high = 0.2               # 0.28: clip-higher (DAPO)
+clip_low = 0.2                # ratios are clipped to [1 - clip_low, 1 + clip_high]
+clip_high = 0.2               # 0.28: clip-higher (DAPO). With one update a step no ratio is clipped
 tis_cap = 0.0                 # times pi_old / pi_rollout, cut at this (2 to 3); 0: not
-seq_mask_cap = None           # responses whose product of it is over this, or 1/this, are left out
+seq_mask_cap = None           # drops responses whose product of it is over this or under 1/this
 max_gap = None                # mean |difference| of vLLM's logp, nats, over which a run stops
 kl_coef = 0.0                 # times KL to the starting model; 0: no reference model is loaded
 # DaGRPO: a judge, and demonstrations as anchors (which any variant can have)
@@ -106,7 +106,7 @@ config = configure(globals())
 # ---- refuse bad input before anything large is loaded --------------------------------------------
 
 DTYPES = ("auto", "float32", "bfloat16")
-check(
+check(  # a setting whose default is None takes any value, unless it is named here
     config, advantages.CHOICES | losses.CHOICES | dict(
         delta=(None, float, str), parallel=("ddp", "fsdp"), compute_dtype=DTYPES,
         rollout_dtype=(*DTYPES, "float16"), on_full_disk=("stop", "go on")),
@@ -147,10 +147,8 @@ config["anchor_hard_only"] |= from_self
 demonstrations = None
 if judged or anchors and not from_self:
     demonstrations = data.load_demos(problems, dataset, None if from_self else demos)
-tokenizer, hf_config = data.load_tokenizer(model)
+tokenizer, hf_config = data.load_tokenizer(model, tp)
 model_utils.check_model(model, hf_config)
-if hf_config.num_attention_heads % tp:
-    die(f"tp: {tp} does not divide the model's {hf_config.num_attention_heads} attention heads")
 encode = partial(data.encode_prompts, tokenizer, **settings_for(data.encode_prompts, config),
                  room=hf_config.max_position_embeddings - max_response_tokens)
 prompts, test_prompts = encode(problems), encode(test_problems, key="eval_dataset")
@@ -235,7 +233,8 @@ def ask_old_policy(unit, outs, head, figures):
     for group, *of_group in zip(unit.groups, *(x.split(counts) for x in of_unit)):
         old = Old(*of_group, head, temperature)
         metrics.note_anchors(figures, group, old)
-        advantage.append(token_advantages(group=group, old=old, figures=figures, **of_variant))
+        advantage.append(token_advantages(
+            group=group, old=old, figures=figures, **of_response | of_variant))
         group.of_tokens = torch.stack([old.logp, old.entropy, advantage[-1]])
     unit.set_old(logp, torch.cat(advantage))
 
@@ -256,7 +255,7 @@ def write_row(row, groups, answers):
     alarms = metrics.find_alarms(row, runs.read_rows(out_dir))
     with runs.or_say_so(out_dir, f"step {row['step']}", on_full_disk):
         runs.log(out_dir, metrics=[row], samples=samples, right_answers=answers)
-        if row.get("train/bad_steps"):
+        if row.get("train/bad_step"):
             torch.save(groups, f"{out_dir}/bad_step_{row['step']}.pt")
     print0("\n".join([metrics.step_line(row, max_steps), *alarms]))
 
@@ -278,11 +277,11 @@ def evaluate(step):
 # ---- the loop ------------------------------------------------------------------------------------
 
 bad_steps = 0  # in a row
-asked = []     # signals to end
-runs.catch_signals(asked)
+signals = []   # to end
+runs.catch_signals(signals)
 while True:
     # ---- save and evaluate
-    stop = max(data.of_ranks(asked[0][0] if asked else 0))  # all ranks or none
+    stop = max(data.of_ranks(signals[0][0] if signals else 0))  # all ranks or none
     due = step == max_steps or eval_every and step % eval_every == 0
     save = stop or step == max_steps or (step % ckpt_every == 0 if ckpt_every else due)
     if save and step != state["step"]:
@@ -302,17 +301,17 @@ while True:
     groups, sampled, position, wasted = rollout.sample_batch(
         engine, tokenizer, problems, prompts, position, wanted=has_signal,
         anchor_texts=anchor_texts, end=end, **of_sampling)
+    rollout.sleep_engine(engine)
     figures.lap("rollout")
 
-    # ---- judge, while the engine is awake; groups without both outcomes need no scores
+    # ---- judge: groups without both outcomes need no scores
     if judged:
         row |= judge_all_ranks([*filter(data.mixed, groups)], cache=scores_known, **of_judge)
         of_variant["delta"] = advantages.dagrpo_threshold(groups, delta, advantage_norm)
-    rollout.sleep_engine(engine)
     figures.lap("judge")
 
-    # ---- pack: an update is a list of units of micro-batches, this rank's share of a mini-batch.
-    # Idle groups count in the weights, but without a regulariser they have no gradient
+    # ---- pack: an update is a list of units, this rank's share of a mini-batch, the last of which
+    # may be smaller. Idle groups count in the loss, but without a regulariser have no gradient
     updates = []
     for first in range(0, len(groups), prompts_per_update):
         mini_batch = groups[first:first + prompts_per_update]
@@ -320,8 +319,8 @@ while True:
         live = [g for g in mini_batch if kl_coef or llds or has_signal(g)]
         updates.append(model_utils.pack_update(live, tokens_per_micro_batch, bool(updates), device))
 
-    # ---- old policy: later updates, and groups that are cut, take a pass before the weights move;
-    # of the others their training pass says the same
+    # ---- old policy: units of later updates, and of groups that are cut, get a pass of their own
+    # before the weights move; of the others the training pass says it
     units, head = sum(updates, []), None
     if variant in advantages.SCORED:  # whole, and of the weights as they are
         head = model_utils.full(policy.model.get_output_embeddings().weight.detach())  # (V, d)
@@ -359,7 +358,7 @@ while True:
         check_gap(figures)
         norm = model_utils.optimizer_step(net, optimizer, grad_clip)
         figures.mean("train/grad_norm", norm)
-        figures.max("train/bad_steps", ~norm.isfinite())
+        figures.max("train/bad_step", ~norm.isfinite())
         if before and not norm.isfinite():  # the whole step is undone
             model_utils.put_back(optimizer, before)
             break
@@ -376,7 +375,7 @@ while True:
     answers = data.right_answers(sampled, step, anchors) if from_self else []
     data.remember(anchor_texts, answers, anchors)
     write_row(row, groups, answers)
-    bad_steps = bad_steps + 1 if row.get("train/bad_steps") else 0
+    bad_steps = bad_steps + 1 if row.get("train/bad_step") else 0
     if bad_steps == max_bad_steps:
         die(f"step {step}: no finite gradient, {bad_steps} steps in a row; checkpoints before: "
             f"{runs.checkpoints(out_dir)}; groups: {out_dir}/bad_step_*.pt", code=1)

@@ -1,4 +1,5 @@
 """Advantages, scores and masks against the formulas, brute force and autograd."""
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -6,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_model_utils import batches_of, make_group, random_groups
+from torch.distributions import Categorical
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import advantages
-from advantages import Old, influence, nthr_select, response_advantages, token_advantages
+from advantages import Old, influence, response_advantages, threshold, token_advantages
 from data import mixed
 from losses import CHOICES, policy_loss
 from metrics import Figures
@@ -23,10 +26,6 @@ def draw(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def loglik(h, head, y, temperature=1.0):
-    return (h @ head.T / temperature).log_softmax(-1)[range(len(y)), y]
-
-
 def make_case(reward, lengths, seed=0, temperature=1.0, **fields):
     """(group, old, y, right): random tokens y of one group, its states and head in float64."""
     tokens = np.random.default_rng(seed).integers(V - 6, size=(len(lengths), max(lengths)))
@@ -34,10 +33,49 @@ def make_case(reward, lengths, seed=0, temperature=1.0, **fields):
     group = make_group([1], responses, reward, seed=seed, **fields)
     y = torch.from_numpy(np.concatenate(responses))
     h, head = draw(seed, len(y), D), draw(seed + 1, V, D)
-    logp, lse = loglik(h, head, y, temperature), (h @ head.T / temperature).logsumexp(-1)
-    log_pi = (h @ head.T / temperature).log_softmax(-1)
-    old = Old(logp, -(log_pi.exp() * log_pi).sum(-1), h, lse, head, temperature)
-    return group, old, y, torch.from_numpy(np.repeat(group.reward == 1, lengths))
+    logits = h @ head.T / temperature
+    policy = Categorical(logits=logits)
+    old = Old(policy.log_prob(y), policy.entropy(), h, logits.logsumexp(-1), head, temperature)
+    return group, old, y, torch.from_numpy(np.repeat(group.reward > 0.5, lengths))
+
+
+# rewards and tokens of groups: N+ = 2, 0, G, 1; of one token each; with more sources than D; with
+# rewards that are fractions, those over a half right
+CASES = [([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [2, 1, 4]), ([0, 1], [1, 1]),
+         ([0, 0, 0, 1], [5, 1, 9, 2]), ([1, 0, 1], [6, 4, 5]), ([0.9, 0.6], [1, 2]),
+         ([0.9, 0.2, 0.6, 0.5], [3, 1, 4, 2])]
+
+
+def eq_7(old, y, source, vocab):
+    """s_t = sum over tokens k of source_k <u_k, u_t> <h_k, h_t>, every product explicit."""
+    u = F.one_hot(y, len(old.head)) - (old.h @ old.head.T / old.temperature).softmax(-1)
+    u = u[:, y.unique()] if vocab == "response" else u
+    return source.to(u.dtype) @ ((u @ u.T) * (old.h @ old.h.T))
+
+
+def along_gradient(old, y, source):
+    """s as the product of each token's gradient, of the head alone, with that of the source."""
+    def log_likelihoods(head):
+        return Categorical(logits=old.h @ head.T / old.temperature).log_prob(y)
+
+    J = torch.autograd.functional.jacobian(log_likelihoods, old.head).flatten(1)  # (n, V D)
+    return J @ (source.double() @ J) * old.temperature**2
+
+
+def algorithm_1(s, group, beta):
+    """(selected, tau) of [NTHR] Algorithm 1, response by response."""
+    scores, correct = [x.tolist() for x in s.split(group.lengths)], group.reward > 0.5
+    means = [sum(x) / len(x) for x, is_right in zip(scores, correct) if is_right]
+    tau = math.inf if not means else beta if beta == -math.inf else beta * min(means)
+    return [not is_right and x > tau for part, is_right in zip(scores, correct) for x in part], tau
+
+
+def most(by, selected, lengths):
+    """As many tokens of every response as are selected there, those with most of `by`."""
+    picked = torch.zeros(len(by), dtype=torch.bool)
+    for at in torch.arange(len(by)).split(lengths):
+        picked[sorted(at.tolist(), key=lambda t: -by[t])[:int(selected[at].sum())]] = True
+    return picked
 
 
 def test_group_advantages_are_p_plus_and_p_minus():
@@ -51,105 +89,102 @@ def test_group_advantages_are_p_plus_and_p_minus():
             assert got == pytest.approx(want / divisor, abs=1e-12)
         signs = advantages.group_advantages(reward, "sign")
         assert signs.tolist() == [1 if r else -1 for r in reward]  # whatever the others are
-    anchored = advantages.group_advantages(np.array([0.0] * 7 + [1]), "mean")  # it counts, too
-    assert anchored == pytest.approx([-1 / 8] * 7 + [7 / 8])
+    fractions = np.array([0.9, 0.2, 0.6, 0.5])  # by hand; those over a half are right
+    for norm, want in (("mean", [0.35, -0.35, 0.05, -0.05]), ("std", [1.4, -1.4, 0.2, -0.2]),
+                       ("sign", [1, -1, 1, -1])):
+        assert advantages.group_advantages(fractions, norm) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("variant", ["nthr", "random", "spare_logp", "thr", "dagrpo", "pos_only"])
-def test_of_rewards_that_are_fractions_those_over_a_half_are_right(variant):
-    """They pick the same tokens as 0 and 1 do, whose advantages are those of the fractions."""
-    lengths, score = [3, 1, 4, 2], np.array([9.0, 6.0, 6.1, 1.0])
-    group, old, *_ = make_case([0.9, 0.2, 0.6, 0.5], lengths, score=score)
-    whole, *_ = make_case([1, 0, 1, 0], lengths, score=score)
-    assert group.correct.tolist() == [True, False, True, False] and mixed(group)
-    got, factors = (token_advantages(variant, g, old, "mean", 1.0, 0.5, nthr_eta=0.0).numpy()
-                    for g in (group, whole))
-    A = np.array([0.35, -0.35 / 2, 0.05, -0.05 / 2]).repeat(lengths)
-    assert got == pytest.approx(A * factors / np.array([0.5, -0.25] * 2).repeat(lengths), abs=1e-6)
-    s = draw(3, 10)
-    assert torch.equal(*(advantages.gwhes(s, s**2, g)[[0, 2]] for g in (group, whole)))
-    assert advantages.group_advantages(group.reward, "sign").tolist() == [1, -1, 1, -1]
-    assert not mixed(make_case([0.9, 0.6], [1, 1])[0])
-
-
-@pytest.mark.parametrize("reward", [[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
+@pytest.mark.parametrize("reward, lengths", CASES)
 @pytest.mark.parametrize("norm", ["std", "mean", "sign"])
-def test_weights_pos_only_and_dagrpo(reward, norm):
-    lengths = [3, 1, 4, 2]
-    group, old, _, right = make_case(reward, lengths, score=np.array([9.0, 6.0, 6.1, 1.0]))
-    lam = advantages.dagrpo_masks(group.score, advantages.group_advantages(group.reward))
-    a = np.repeat(advantages.group_advantages(group.reward, norm), lengths)
-    for variant, kept in (("grpo", 1), ("pos_only", a > 0), ("dagrpo", np.repeat(lam, lengths))):
+def test_weights_pos_only_and_dagrpo(reward, lengths, norm):
+    score = np.array([9.0, 6.0, 6.1, 1.0])[:len(reward)]
+    group, old, _, right = make_case(reward, lengths, score=score)
+    of_responses = advantages.group_advantages(group.reward, norm)
+    a, lam = (np.repeat(x, lengths) for x in (
+        of_responses, advantages.dagrpo_masks(group.score, of_responses)))
+    for variant, kept in (("grpo", 1), ("pos_only", a > 0), ("dagrpo", lam)):
         assert token_advantages(variant, group, old, norm).numpy() == pytest.approx(kept * a)
-        weighted = token_advantages(variant, group, old, norm, 0.3, 2.0).numpy()
-        assert weighted == pytest.approx(np.where(right, 0.3, 2) * kept * a)
-    signal = advantages.response_advantages(group, norm, 0.0, 1.0).any()  # NSR: of wrong ones alone
-    assert signal == (0 in reward if norm == "sign" else 0 < sum(reward) < 4)
+        for pos, neg in ((0.3, 2.0), (1.0, 0.0)):  # masks are of the advantages without weights
+            got = token_advantages(variant, group, old, norm, pos_weight=pos, neg_weight=neg)
+            assert got.numpy() == pytest.approx(np.where(right, pos, neg) * kept * a)
+    assert mixed(group) == (len({*np.greater(reward, 0.5).tolist()}) == 2)
+    signal = response_advantages(group, norm, 0.0, 1.0).any()  # NSR: of wrong ones alone
+    assert signal == (mixed(group) or norm == "sign" and not right.any().item())
 
 
-def most(by, selected, lengths):
-    """As many tokens of every response as are selected there, those with most of `by`."""
-    picked = torch.zeros(len(by), dtype=torch.bool)
-    for at in torch.arange(len(by)).split(lengths):
-        picked[sorted(at.tolist(), key=lambda t: -by[t])[:int(selected[at].sum())]] = True
-    return picked
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("reward, lengths", CASES)
+def test_influence_is_eq_7_and_the_product_of_head_gradients(reward, lengths, temperature):
+    _, old, y, right = make_case(reward, lengths, 1, temperature)
+    wanted = [(vocab, eq_7(old, y, right, vocab)) for vocab in ("response", "full")]
+    wanted.append(("full", along_gradient(old, y, right)))
+    for (vocab, want), chunk in itertools.product(wanted, (1, 3, 1000)):
+        got = influence(old, y.numpy(), right.numpy(), vocab, chunk)
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant, vocab", [
-    ("nthr", "response"), ("nthr", "full"), ("random", "full"), ("spare_entropy", "response"),
-    ("spare_logp", "full")])
-@pytest.mark.parametrize("eta, of_p", [
-    (None, lambda p: abs(1 - 2 * p)), ("2|0.5-p|", lambda p: abs(1 - 2 * p)), ("p", lambda p: p),
-    ("1-p", lambda p: 1 - p), (-0.3, lambda p: -0.3), (0.0, lambda p: 0.0)])
-def test_nthr_and_its_controls(variant, vocab, eta, of_p, on_ranks):
-    """Figures are over incorrect tokens, of tau and eta over groups with a correct response."""
-    ranks, seen, of_group = [Figures("cpu"), Figures("cpu")], [], []
-    for i, reward in enumerate(([1, 0, 0], [0, 0], [1, 1], [0, 1, 0], [1, 0, 1])):
-        lengths, p = [5, 9, 30][:len(reward)], sum(reward) / len(reward)
-        group, old, y, right = make_case(reward, lengths, i)
-        s = influence(old, y.numpy(), right.numpy(), vocab)
-        picked, tau = nthr_select(s, group, 0.1)
-        assert picked.any() == (0 < p < 1)
-        draws = torch.rand(len(picked), generator=torch.Generator().manual_seed(i))
-        by = dict(nthr=1.0 * picked, random=draws, spare_entropy=old.entropy, spare_logp=-old.logp)
-        picked = most(by[variant], picked, lengths)
+def test_a_score_at_tau_is_not_selected(monkeypatch):
+    group, s = make_group([1], [[1, 2], [3, 4, 5]], [1, 0]), torch.tensor([2, -1, 0.5, 0.6, 0.4])
+    monkeypatch.setattr(advantages, "influence", lambda *_: s)
+    A = token_advantages("nthr", group, Old(s, s, s, s, s), "sign", nthr_eta=0.0)
+    assert threshold(s, group, 1.0) == 0.5 and A.tolist() == [1, 1, -1, 0, -1]
+
+
+@pytest.mark.parametrize("variant", ["nthr", "random", "spare_entropy", "spare_logp"])
+@pytest.mark.parametrize("beta, vocab, eta, of_p", [
+    (1.0, "response", None, lambda p: abs(1 - 2 * p)), (-0.1, "response", "p", lambda p: p),
+    (0.1, "full", "2|0.5-p|", lambda p: abs(1 - 2 * p)), (0.0, "full", "1-p", lambda p: 1 - p),
+    (-math.inf, "full", -0.3, lambda p: -0.3), (0.1, "response", 0.0, lambda p: 0.0)])
+def test_nthr_and_its_controls(variant, beta, vocab, eta, of_p, on_ranks):
+    """eta A for the tokens that Algorithm 1 picks, or for as many others. Figures: over incorrect
+    tokens, of tau and eta over groups with a correct response."""
+    ranks, of_tokens, of_groups = [Figures("cpu"), Figures("cpu")], [], []
+    for seed, (reward, lengths) in enumerate(2 * CASES):
+        group, old, y, right = make_case(reward, lengths, seed)
+        selected, tau = algorithm_1(eq_7(old, y, right, vocab), group, beta)
+        selected = torch.tensor(selected)
+        draws = torch.rand(len(y), generator=torch.Generator().manual_seed(seed))
+        by = dict(nthr=selected.double(), random=draws, spare_entropy=old.entropy,
+                  spare_logp=-old.logp)
+        picked = most(by[variant], selected, lengths)
+        left = of_p(np.greater(reward, 0.5).mean())
         a = np.repeat(advantages.group_advantages(group.reward), lengths)
-        got = token_advantages(variant, group, old, nthr_beta=0.1, nthr_eta=eta, nthr_vocab=vocab,
-                               figures=ranks[i % 2])
-        left = 0.0 if variant == "random" else of_p(p)
-        assert got.numpy() == pytest.approx(np.where(picked, left * a, a))
-        seen += [(x.item(), score.item()) for x, score, r in zip(picked, s, right) if not r]
-        of_group += [(tau.item(), of_p(p))] if 1 in reward else []
-    (picked, s), (tau, etas) = np.array(seen).T, np.mean(of_group, 0)
+        got = token_advantages(variant, group, old, nthr_beta=beta, nthr_eta=eta, nthr_vocab=vocab,
+                               figures=ranks[seed % 2])
+        want = np.where(picked, 0 if variant == "random" else left * a, a)
+        assert got.numpy() == pytest.approx(want)
+        of_tokens += picked[~right].tolist()
+        of_groups += [(tau, left)] * right.any().item()
+    tau, left = np.mean(of_groups, 0)
     for told in on_ranks(*(figures.all_ranks for figures in ranks)):
         assert told == pytest.approx({
-            "nthr/selected": picked.mean(), "nthr/tau": tau, "nthr/eta": etas})
+            "nthr/selected": np.mean(of_tokens), "nthr/tau": tau, "nthr/eta": left})
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, -0.1])
 @pytest.mark.parametrize("thr_p", [0.1, 0.0, -0.1])
-@pytest.mark.parametrize("reward, lengths", [
-    ([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 1], [1, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [2, 1, 4])])
-def test_thr_token_by_token(reward, lengths, thr_p, beta):
+def test_thr(thr_p, beta, on_ranks):
     """A 1[|THR_t| > tau] (1 + p sign THR_t), THR_t = +-sum_i 1/|y_i| sum_{k in y_i} <..>, by
     response i; without a correct response nothing is dominant. `sign` leaves them an advantage."""
-    signs = set()
-    for seed in range(8):
+    figures, seen = Figures("cpu"), []
+    for seed, (reward, lengths) in enumerate(8 * CASES):
         group, old, y, right = make_case(reward, lengths, seed)
-        weight = torch.from_numpy(group.correct.repeat(lengths) / np.repeat(lengths, lengths))
-        s = eq_7(old, y, weight, "response")
-        means = [x.mean().item() for x, r in zip(s.split(lengths), reward) if r]
-        tau = beta * min(means) if means else math.inf
+        source = torch.from_numpy(np.repeat((group.reward > 0.5) / lengths, lengths))
+        s = eq_7(old, y, source, "response")
+        _, tau = algorithm_1(s, group, beta)
+        thr = torch.where(right, s, -s)
+        dominant = thr.abs() > tau
         a = np.repeat(advantages.group_advantages(group.reward, "sign"), lengths)
-        want = []
-        for t in range(len(y)):
-            thr = s[t].item() * (1 if right[t] else -1)
-            want.append(a[t] * (abs(thr) > tau) * (1 + thr_p * np.sign(thr)))
-            signs |= {np.sign(thr)} if abs(thr) > tau else set()
-        got = token_advantages("thr", group, old, "sign", nthr_beta=beta, thr_p=thr_p)
-        assert got.numpy() == pytest.approx(np.array(want), rel=1e-6)
-    some_wrong = 0 < sum(reward) < len(reward)
-    assert signs == {-1, 1} if beta < 1 and some_wrong else means or not signs
+        got = token_advantages("thr", group, old, "sign", nthr_beta=beta, thr_p=thr_p,
+                               figures=figures)
+        want = a * (dominant * (1 + thr_p * thr.sign())).numpy()
+        assert got.numpy() == pytest.approx(want, rel=1e-6)
+        seen += (dominant * thr.sign()).tolist()
+    assert {*seen} == {-1, 0, 1} or beta == 1
+    kept, signs = np.abs(seen), np.array(seen)[np.nonzero(seen)]
+    assert on_ranks(figures.all_ranks) == [pytest.approx({
+        "thr/kept": kept.mean(), "thr/positive": (signs > 0).mean()})]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 1.0])
@@ -165,69 +200,12 @@ def test_entropy_top_is_of_the_whole_group(share):
     assert (token_advantages("entropy_top", one, old).numpy() != 0).sum() == 1
 
 
-def eq_7(old, y, source, vocab):
-    """s as the double sum over tokens, alpha = <u_k, u_t> explicit."""
-    u = -(old.h @ old.head.T / old.temperature).softmax(-1)
-    u[range(len(y)), y] += 1
-    keep = sorted(set(y.tolist())) if vocab == "response" else range(V)
-    s = torch.zeros(len(y), dtype=torch.float64)
-    for t in range(len(y)):
-        for k in source.nonzero()[:, 0]:
-            s[t] += source[k] * sum(u[k, v] * u[t, v] for v in keep) * (old.h[k] @ old.h[t])
-    return s
-
-
-def along_gradient(old, y, source):
-    """s: how fast each token's log-likelihood moves with the head along that of the source."""
-    def of_head(head):
-        return loglik(old.h, head, y, old.temperature)
-
-    w = old.head.clone().requires_grad_()
-    m, = torch.autograd.grad((of_head(w) * source).sum(), w)
-    return torch.autograd.functional.jvp(of_head, old.head, m)[1] * old.temperature**2
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("reward, lengths", [
-    ([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 1], [1, 1]), ([0, 0], [2, 3]), ([1, 1], [2, 2]),
-    ([1, 0, 1], [6, 4, 5])])  # the last: more sources than D
-def test_influence_is_eq_7_and_the_product_of_head_gradients(reward, lengths, temperature):
-    _, old, y, right = make_case(reward, lengths, 1, temperature)
-    for vocab in ("response", "full"):
-        want = eq_7(old, y, right, vocab)
-        for chunk in (1, 3, 1000):
-            got = influence(old, y.numpy(), right.numpy(), vocab, chunk)
-            assert torch.allclose(got, want, rtol=1e-9, atol=1e-10)
-    want = along_gradient(old, y, right)
-    assert torch.allclose(got, want, rtol=1e-9, atol=1e-10)  # of the full vocabulary
-
-
-@pytest.mark.parametrize("beta", [1.0, 0.1, 0.0, -1.0, -math.inf])
-def test_selection_is_algorithm_1(beta):
-    cases = [([1, 0, 1, 0], [3, 4, 2, 1]), ([0, 0], [2, 3]), ([1, 1, 1], [1, 2, 1]),
-             ([0, 1], [1, 1]), ([0, 0, 0, 1], [5, 1, 9, 2])]
-    signs, ties = set(), 0
-    for seed in range(20):
-        for reward, lengths in cases:
-            s = (2 * draw(seed, sum(lengths))).round() / 2  # some are at tau
-            scores = [x.tolist() for x in s.split(lengths)]
-            right = [sum(x) / len(x) for x, r in zip(scores, reward) if r]
-            tau = math.inf if not right else beta if beta == -math.inf else beta * min(right)
-            want = [r == 0 and x > tau for part, r in zip(scores, reward) for x in part]
-            selected, got = nthr_select(s, make_group([1], scores, reward), beta)
-            assert got.item() == pytest.approx(tau) and selected.tolist() == want
-            signs.add(np.sign(tau))
-            ties += sum(x == tau for part, r in zip(scores, reward) if not r for x in part)
-    assert beta in (0.0, -math.inf) or {-1, 1} <= signs  # thresholds of both signs were met
-    assert beta == -math.inf or ties
-
-
 def test_gwhes_is_eq_5():
     """Minus d/dt ln pi(y+), through the head alone, along the gradient of the objective."""
     lengths = [3, 4, 2, 1, 2]
-    group, old, y, right = make_case([1, 0, 1, 0, 0], lengths, 3)
+    group, old, y, right = make_case([0.9, 0, 0.7, 0.5, 0], lengths, 3)
     s = [influence(old, y.numpy(), source.numpy(), "full") for source in (right, ~right)]
-    a = torch.from_numpy(np.repeat(advantages.group_advantages(group.reward), lengths))
+    a = torch.from_numpy(np.repeat(advantages.group_advantages(1.0 * group.correct), lengths))
     rates = [x.sum().item() for x in along_gradient(old, y, a).split(lengths)]
     want = [-x if correct else math.nan for x, correct in zip(rates, group.correct)]
     assert advantages.gwhes(*s, group).tolist() == pytest.approx(want, rel=1e-9, nan_ok=True)
@@ -258,16 +236,28 @@ def test_nothing_in_a_micro_batch_waits_for_the_gpu(model_dir, monkeypatch):
     assert all(p.grad.is_meta for p in model.parameters())
 
 
-def test_masks_against_a_loop():
-    rng, kept = np.random.default_rng(0), []
-    for reward in (*(rng.random((40, 6)) < 0.5), np.zeros(6), np.ones(6)):
-        scores, a = rng.integers(1, 11, 6), advantages.group_advantages(reward, "mean")
-        for delta in (1.0, 3.0, 5.0):
-            want = [scores[i] - max(scores[a < 0]) >= delta if a[i] > 0 else
-                    a[i] < 0 and min(scores[a > 0]) - scores[i] >= delta for i in range(6)]
-            kept += want
-            assert advantages.dagrpo_masks(scores, a, delta).tolist() == want
-    assert 0.1 < np.mean(kept) < 0.9
+@pytest.mark.parametrize("norm", ["std", "sign"])
+def test_masks_are_those_of_margins_in_a_loop(norm):
+    """"q0.25" is the margin that a quarter of all responses that have one do not reach."""
+    rng, margins = np.random.default_rng(0), []
+    groups = [make_group([1], [[1]] * 6, rng.random(6) < 0.4, score=rng.uniform(1, 10, 6))
+              for _ in range(20)]
+    groups += [make_group([1], [[1]] * 6, [r] * 6, score=np.arange(6.0)) for r in (0, 1)]
+    groups.append(make_group([1], [[1]] * 6))  # not judged: no masks
+    for g in groups:
+        right, wrong = g.score[g.reward == 1], g.score[g.reward == 0]
+        margins.append([-np.inf if not mixed(g) else s - wrong.max() if r else right.min() - s
+                        for s, r in zip(g.score, g.reward)])
+    known = np.array([x for own in margins for x in own if np.isfinite(x)])
+    for delta in (1.0, 3.0, 5.0, "q0.0", "q0.25", "q0.5", "q0.99"):
+        points = advantages.dagrpo_threshold(groups, delta, norm)
+        if isinstance(delta, str):
+            assert (known < points).sum() == int(float(delta[1:]) * len(known))
+        for g, own in zip(groups, margins):
+            mask = advantages.dagrpo_masks(g.score, response_advantages(g, norm), points)
+            assert mask.tolist() == [not x < points for x in own]
+    assert np.isnan(advantages.dagrpo_threshold(groups[20:], "q0.5", norm))
+    assert [advantages.dagrpo_threshold(groups, x) for x in (None, 2, 4.5)] == [3, 2, 4.5]
 
 
 @pytest.mark.parametrize("scores, a, margins, mask", [
@@ -293,26 +283,3 @@ def test_masked_groups_and_their_figures(on_ranks):
     assert on_ranks(figures.all_ranks) == [pytest.approx({
         "dagrpo/lambda_pos": 0, "dagrpo/lambda_neg": 1 / 3, "dagrpo/fully_masked": 1 / 2,
         "dagrpo/delta": 3, "dagrpo/margin": np.mean([1, 3, 1, 1, 1])})]
-
-
-@pytest.mark.parametrize("norm", ("std", "sign"))
-def test_a_quantile_masks_that_share_of_all_judged_groups(norm):
-    """Oracle: sort the margins of every response with an opposite, mask the first ones."""
-    rng = np.random.default_rng(0)
-    groups = [make_group([1], [[1]] * 6, reward=rng.random(6) < 0.4, score=rng.uniform(1, 10, 6))
-              for _ in range(20)]
-    groups += [make_group([1], [[1]] * 2, reward=[0, 1]),  # not judged
-               make_group([1], [[1]] * 2, reward=[1, 1], score=np.array([9.0, 2.0]))]
-    of_group = []
-    for g in groups[:20]:
-        right, wrong = g.score[g.reward == 1], g.score[g.reward == 0]
-        if len(right) and len(wrong):
-            of_group += [*(right - wrong.max()), *(right.min() - wrong)]
-    for share in (0.0, 0.25, 0.5, 0.99):
-        delta = advantages.dagrpo_threshold(groups, f"q{share}", norm)
-        masks = [advantages.dagrpo_masks(g.score, response_advantages(g, norm), delta)
-                 for g in groups if mixed(g)]
-        assert sum(np.sum(mask == 0) for mask in masks) == int(share * len(of_group))
-        assert delta == pytest.approx(sorted(of_group)[int(share * len(of_group))])
-    assert np.isnan(advantages.dagrpo_threshold(groups[20:], "q0.5", norm))
-    assert [advantages.dagrpo_threshold(groups, x) for x in (None, 2, 4.5)] == [3, 2, 4.5]

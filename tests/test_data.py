@@ -6,7 +6,6 @@ import datasets
 import get_data
 import numpy as np
 import pytest
-from test_grader import DATA
 from test_model_utils import make_group
 from transformers import AutoTokenizer
 
@@ -69,18 +68,11 @@ def test_sets_of_the_hub_become_files(monkeypatch, tmp_path, capsys):
     assert len(data.load_problems("math", "train", data_dir=str(tmp_path))) == 1
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the problem sets in ../shared/data")
-def test_sets_of_a_folder():
-    for name, size in dict(aime24=30, amc83=83, olympiadbench=675, gsm8k=1319, arc_c=1172).items():
-        assert len(data.load_problems(name, "test", data_dir=str(DATA))) == size
-    train = data.load_problems(str(DATA / "aime_1983_2023.jsonl"), "train")
-    kept = data.drop_evaluated(train, "aime", str(DATA), [])
-    assert len(train) - len(kept) == 4  # those that are in MATH-500
-
-
-def test_training_problems_that_are_evaluated_are_dropped():
-    rows, seen = [dict(problem="Find  $x$."), dict(problem="b")], [dict(problem="find\n$X$.")]
-    assert data.drop_evaluated(rows, "x", "nowhere", seen) == rows[1:]
+def test_training_drops_test_problems_of_data_dir_and_of_the_evaluation(tmp_path, dies):
+    (tmp_path / "math500.jsonl").write_text('{"problem": "find\\n$X$.", "answer": "1"}')
+    rows = [dict(problem=p) for p in ("Find  $x$.", "b", "c")]
+    assert data.drop_evaluated(rows, "x", str(tmp_path), rows[2:]) == rows[1:2]
+    dies("all problems of x", data.drop_evaluated, rows[:1], "x", str(tmp_path), [])
 
 
 def test_malformed_files_are_refused(tmp_path, dies):

@@ -76,7 +76,7 @@ def test_a_step_without_a_finite_gradient_is_undone(tmp_path, small, monkeypatch
     (out, with_bad), (_, without) = after(math.nan, 1.0, math.nan, 1.0), after(1.0, 1.0)
     assert all(torch.equal(x, without[name]) for name, x in with_bad.items())
     assert all(row["train/grad_norm"] > 0 for row in read_rows(out)[1::2])
-    assert [row.get("train/bad_steps") for row in read_rows(out)] == [1, 0, 1, 0]
+    assert [row.get("train/bad_step") for row in read_rows(out)] == [1, 0, 1, 0]
     kept = torch.load(out / "bad_step_3.pt", weights_only=False)
     assert [g.row for g in kept] == [g.row for g in groups]
     if updates == 1:

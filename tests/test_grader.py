@@ -108,27 +108,17 @@ time.sleep(60)"""
 
 REWARDS = """
 import os, subprocess, time
-CALLS = []
 
 def length(text, row):  # prints, where a verdict is read, and in a process of its own
     print("1.0", flush=True)
     subprocess.run(["echo", "1.0"])
-    CALLS.append(text)
-    return len(text) / row["most"] if len(CALLS) < 99 else 0  # the file is read once
+    return len(text) / row["most"]
 
-def bad(text, row):
-    if text == "sleeps":
-        time.sleep(60)
-    if text == "leaves a child":
-        subprocess.Popen(["sleep", "60"], stderr=subprocess.DEVNULL)
-        time.sleep(60)
-    if text == "forks":
-        os.fork()
-        return True
-    if text == "ends":
-        os._exit(0)
-    return float(text)
+def evaluated(text, row):
+    return float(eval(text))
 """
+WRONG_REWARDS = ["time.sleep(60)", "os._exit(0)", "'nan'", "2", "-0.1", "'x'",
+                 "[subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL), time.sleep(60)]"]
 
 
 def test_a_reward_of_ones_own(tmp_path, capsys):
@@ -138,13 +128,12 @@ def test_a_reward_of_ones_own(tmp_path, capsys):
     got = grader.grade_all([(x, {"most": 4}) for x in texts], f"{tmp_path}/mine.py:length")
     assert got == [len(x) / 4 for x in texts] and capsys.readouterr().out == ""
     began = time.time()
-    wrong = ["sleeps", "leaves a child", "ends", "nan", "2", "-0.1", "x"]
-    items = [(text, {}) for pair in zip(wrong, ["forks", "0.5"] * 4) for text in pair]
-    got = grader.grade_all(items, f"{tmp_path}/mine.py:bad", 0.5)
-    assert got == [0.0, 1.0, 0.0, 0.5] * 3 + [0.0, 1.0] and time.time() - began < 40
+    items = [(x, {}) for wrong in WRONG_REWARDS for x in (wrong, "(os.fork(), 1)[1]", "0.5")]
+    got = grader.grade_all(items, f"{tmp_path}/mine.py:evaluated", 0.5)
+    assert got == [0.0, 1.0, 0.5] * len(WRONG_REWARDS) and time.time() - began < 40
     said = capsys.readouterr().out
-    assert "reward: 3 of 14 responses are worth 0: over 0.5 seconds" in said
-    assert "1 of 14 responses are worth 0: ValueError: could not convert" in said
+    assert "reward: 3 of 21 responses are worth 0: over 0.5 seconds" in said
+    assert "1 of 21 responses are worth 0: ValueError: could not convert" in said
     assert "AssertionError: nan is not from 0 to 1" in said
 
 

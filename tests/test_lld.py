@@ -2,10 +2,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from overlap import of_question
+from test_advantages import algorithm_1, eq_7, most
+from test_model_utils import make_group
+from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM
+
+from advantages import Old
 
 ARGS = ("lld.py", "config/lld_quickstart.py", "--questions=2", "--group_size=4", "--max_rounds=4",
         "--learning_rate=1e-5", "--nthr_beta=0.3", "--temperature=0.9",
@@ -69,45 +75,37 @@ def test_delta_is_one_update_of_a_plain_model(out, plain):
 
 
 def test_scores_from_the_token_ids(out, plain):
-    """s by the double sum of eq. 7 with explicit alpha, then eq. 8, 9 and 5, token by token."""
-    for group, row in zip(rows(out / "groups.jsonl"), rows(out / "questions.jsonl")):
+    """s by the double sum of eq. 7 with explicit alpha, then eq. 8, 9 and 5, of a plain model."""
+    for asked, row in zip(rows(out / "groups.jsonl"), rows(out / "questions.jsonl")):
+        group = make_group(asked["prompt"], asked["responses"], asked["rewards"])
+        lengths, correct = group.lengths, group.correct
         with torch.no_grad():
-            h, logp, tokens = zip(*ask(plain, group))
-        u = [torch.nn.functional.one_hot(y, x.shape[1]) - x.exp() for x, y in zip(logp, tokens)]
-        right, wrong = ([i for i in range(4) if group["rewards"][i] == r] for r in (1, 0))
-
-        def scores(source, columns=slice(None)):
-            return [sum(((u[i][:, columns] @ u[k][:, columns].T) * (h[i] @ h[k].T)).sum(1)
-                        for k in source) for i in range(4)]
-
-        s, exact, negative = scores(right, torch.cat(tokens).unique()), scores(right), scores(wrong)
-        got, want = torch.tensor(sum(row["s"], [])), torch.cat(s)
-        assert torch.allclose(got, want, rtol=1e-2, atol=1e-3 * want.abs().max())
-        assert row["tau"] == pytest.approx(0.3 * min(s[i].mean().item() for i in right), rel=1e-2)
-        thr = sum(torch.cat(scores([k], torch.cat(tokens).unique())) / len(tokens[k])
-                  for k in right)
-        sign = torch.cat([torch.full((len(tokens[i]),), 1 if i in right else -1)
-                          for i in range(4)])
-        got = torch.tensor(sum(row["thr"], []))
-        assert torch.allclose(got, sign * thr, rtol=1e-2, atol=1e-3 * thr.abs().max())
-        entropy = -torch.cat([(x.exp() * x).sum(1) for x in logp])
-        assert torch.allclose(torch.tensor(sum(row["entropy"], [])), entropy, atol=1e-3)
-        selected = [[i in wrong and x > row["tau"] for x in row["s"][i]] for i in range(4)]
-        assert row["selected_tokens"] == selected
-        count, p = sum(len(tokens[i]) for i in wrong), len(right) / 4
-        assert row["selected"] == pytest.approx(sum(map(sum, selected)) / count) and row["p"] == p
-        picks = [[t for i in range(4) for t in sorted(
-            range(len(tokens[i])), key=lambda t: -row[by][i][t])[:sum(selected[i])]
-            for t in [(i, t)]] for by in ("entropy", "surprisal")]
-        nthr = {(i, t) for i in range(4) for t in range(len(tokens[i])) if selected[i][t]}
+            h, logp, y = map(torch.cat, zip(*ask(plain, asked)))
+        policy = Categorical(logits=logp)
+        old = Old(policy.log_prob(y), policy.entropy(), h, None, plain.lm_head.weight.detach(), 0.9)
+        right, share = (torch.from_numpy(np.repeat(x, lengths))
+                        for x in (correct, correct / lengths))
+        s, mean, exact, negative = (eq_7(old, y, source, vocab) for source, vocab in (
+            (right, "response"), (share, "response"), (right, "full"), (~right, "full")))
+        wanted = {"s": s, "thr": torch.where(right, mean, -mean), "entropy": old.entropy,
+                  "surprisal": -old.logp}
+        found = {key: torch.tensor(sum(row[key], [])) for key in wanted}
+        for key, want in wanted.items():
+            assert torch.allclose(found[key], want, rtol=1e-2, atol=1e-3 * want.abs().max()), key
+        selected, tau = algorithm_1(found["s"], group, 0.3)
+        assert sum(row["selected_tokens"], []) == selected
+        assert row["tau"] == pytest.approx(tau, rel=1e-4)
+        nthr, p = torch.tensor(selected), correct.mean()
+        assert row["selected"] == pytest.approx(nthr[~right].double().mean().item())
+        assert row["p"] == p
         overlap = of_question(row, 0.3)
-        for name, own in zip(("entropy", "logp"), map(set, picks)):
-            if nthr:
-                want = len(nthr & own) / len(nthr | own)
-                assert overlap["jaccard", "nthr", name] == pytest.approx(want)
-        each = [p * negative[i].sum() - (1 - p) * exact[i].sum() for i in right]
-        mean = torch.stack(each).mean().item() / (p * (1 - p))**0.5
-        assert row["gwhes"] == pytest.approx(mean, rel=1e-2)
+        for name, by in (("entropy", "entropy"), ("logp", "surprisal")) if nthr.any() else ():
+            own = most(found[by], nthr, lengths)
+            want = (nthr & own).sum() / (nthr | own).sum()
+            assert overlap["jaccard", "nthr", name] == pytest.approx(want.item())
+        rates = (p * negative - (1 - p) * exact).split(lengths)
+        gwhes = np.mean([x.sum().item() for x, is_right in zip(rates, correct) if is_right])
+        assert row["gwhes"] == pytest.approx(gwhes / (p * (1 - p))**0.5, rel=1e-2)
 
 
 def test_summary_pictures_and_page(out):

@@ -8,114 +8,102 @@ import torch
 from test_advantages import draw
 from test_model_utils import make_group
 
-import advantages
 from losses import policy_loss, set_weights
 from metrics import Figures
 
 
-def test_weights_are_eq_1_and_the_other_normalisations():
-    """Two groups of two: one token right, three wrong; two right, two wrong. A = +-1 or +-1/2.
-
-    eq. 1:    -((1 - 3) / 4 + (2 - 2) / 4) / 2                           = 1/4
-    DAPO:     -(1 - 3 + 2 - 2) / 8                                       = 1/4
-    Dr.GRPO:  -(1/2 - 3/2 + 1 - 1) / (2 responses x 5 at most x 2 groups) = 1/20
-    GRPO's first form, a mean over responses of their means: 0"""
-    def loss(lengths, norm="std", loss_norm="group"):
-        groups = [make_group([1], [range(n) for n in of_group], [1, 0]) for of_group in lengths]
-        sums = [advantages.group_advantages(g.reward, norm) * g.lengths for g in groups]
-        set_weights(groups, loss_norm, 5)
-        return pytest.approx(-np.vdot([g.weight for g in groups], sums))
-
-    assert loss([[1, 3], [2, 2]]) == 1 / 4 == loss([[1, 3], [2, 2]], "std", "token")
-    assert loss([[1, 3], [2, 2]], "mean", "constant") == 1 / 20
-    assert loss([[1, 3], [2, 2]], "std", "response") == 0
+@pytest.mark.parametrize("loss_norm, want", [
+    ("group", [1 / 8, 1 / 8, 1 / 14, 1 / 14]),     # 1 / (tokens of the group x 2 groups), eq. 1
+    ("response", [1 / 4, 1 / 12, 1 / 8, 1 / 20]),  # 1 / (tokens of the response x 2 x 2 groups)
+    ("token", [1 / 11] * 4), ("constant", [1 / 20] * 4)])  # 1 / (2 responses x 5 at most x 2)
+def test_weights_of_the_normalisations(loss_norm, want):
     groups = [make_group([1], [range(n) for n in lengths]) for lengths in ([1, 3], [2, 5])]
-    set_weights(groups, "response")
+    set_weights(groups, loss_norm, 5)
+    assert np.concatenate([g.weight for g in groups]) == pytest.approx(want)
     assert [g.update_tokens for g in groups] == [11, 11]
-    weights = np.concatenate([g.weight for g in groups])
-    assert weights == pytest.approx([1 / 4, 1 / 12, 1 / 8, 1 / 20])  # 1 / (tokens x 2 x 2)
-    # groups of different lengths tell eq. 1 from DAPO
-    assert loss([[1, 3], [1, 1]]) == 1 / 4 and loss([[1, 3], [1, 1]], "std", "token") == 1 / 3
-
-
-@pytest.mark.parametrize("form", ["luffy", "logp"])
-@pytest.mark.parametrize("tis_cap, kl_coef", [(0.0, 0.0), (1.5, 0.0), (1.5, 0.05), (0.0, 0.05)])
-def test_loss_against_its_definition(form, tis_cap, kl_coef, on_ranks):
-    """Value, gradient and figures by hand. Anchors' other log-probabilities must not matter."""
-    x, a, w, anchor = -draw(0, 200).abs(), draw(1, 200).round(), draw(2, 200), draw(3, 200) < -0.5
-    old, ref, rollout = (x + scale * draw(4 + i, 200) for i, scale in enumerate((0.3, 1, 0.5)))
-    for nonsense, of_anchor in enumerate((-2000.0, math.inf, 0.0, -math.inf)):
-        for value in (old, ref, rollout):
-            value[anchor & (torch.arange(200) % 4 == nonsense)] = of_anchor
-    batch = SimpleNamespace(old_logp=old, advantage=a, weight=w, is_anchor=anchor, ref_logp=ref,
-                            rollout_logp=rollout)
-    logp, figures = x.clone().requires_grad_(), Figures("cpu")
-    loss = policy_loss(logp, batch, "clip", 0.1, 0.3, kl_coef, tis_cap, anchor_loss=form,
-                       figures=figures)
-    got = torch.autograd.grad(loss, logp)[0].numpy()
-    adv, log_ratio, gap, d = (v[~anchor].numpy() for v in (a, x - old, old - rollout, ref - x))
-    x, a, w, anchor = (v.numpy() for v in (x, a, w, anchor))
-    ratio, importance, kl, gap = np.exp(log_ratio), np.exp(gap), np.exp(d) - d - 1, abs(gap)
-    cut = (adv > 0) & (ratio > 1.3) | (adv < 0) & (ratio < 0.9)
-    cap = importance.clip(max=tis_cap) if tis_cap else 1
-    value, slope, pi = np.zeros(200), np.zeros(200), np.exp(x[anchor])
-    value[~anchor] = -cap * np.minimum(ratio * adv, ratio.clip(0.9, 1.3) * adv) + kl_coef * kl
-    slope[~anchor] = -cap * ratio * adv * ~cut + kl_coef * (1 - np.exp(d))
-    value[anchor] = -a[anchor] * (x[anchor] if form == "logp" else pi / (pi + 0.1))
-    slope[anchor] = -a[anchor] * (1 if form == "logp" else 0.1 * pi / (pi + 0.1)**2)
-    assert loss.item() == pytest.approx(w @ value) and got == pytest.approx(w * slope, abs=1e-12)
-    assert kl_coef or (got[a == 0] == 0).all()  # exactly no gradient
-    assert cut.sum() > 9 and (importance > 1.5).sum() > 9
-    of_step = {"train/clip_fraction": cut.mean(), "train/kl_old": (ratio - log_ratio - 1).mean(),
-               "gap/mean": gap.mean(), "gap/max": gap.max(), "gap/importance": importance.mean(),
-               "train/tokens": len(adv)}
-    of_step |= {"train/kl": kl.mean()} if kl_coef else {}
-    of_step |= {"gap/importance_cut": (importance > tis_cap).mean()} if tis_cap else {}
-    assert on_ranks(figures.all_ranks) == [pytest.approx(of_step)]
 
 
 def make_batch(lengths, seed=0):
-    """(logp, batch) of responses of several lengths, each with one advantage, 0 among them."""
-    n = sum(lengths)
-    response = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    a = torch.tensor([1.0, -1.0, 0.0, 0.5, -2.0] * 3, dtype=torch.float64)[:len(lengths)]
-    logp = -draw(seed, n).abs()
-    old = logp + 0.3 * draw(seed + 1, n)
-    return logp.requires_grad_(), SimpleNamespace(
-        old_logp=old, rollout_logp=old, advantage=a[response], weight=draw(seed + 2, n).abs(),
-        is_anchor=torch.zeros(n, dtype=torch.bool), response=response, update_tokens=2 * n,
+    """(logp, batch) of responses, every fifth an anchor, whose other log-probabilities are nonsense
+    that must not matter; a weight and an advantage, maybe 0, for each response."""
+    response = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    is_anchor, n = response % 5 == 2, len(response)
+    nonsense = torch.tensor([-2000.0, math.inf, 0.0, -math.inf]).double()[torch.arange(n) % 4]
+    x = -draw(seed, n).abs()
+    old, ref, rollout = (torch.where(is_anchor, nonsense, x + scale * draw(seed + i, n))
+                         for i, scale in ((10, 0.3), (20, 1.0), (30, 0.4)))
+    a, weight = draw(seed + 40, len(lengths)).round(), draw(seed + 50, len(lengths)).abs()
+    return x.requires_grad_(), SimpleNamespace(
+        old_logp=old, ref_logp=ref, rollout_logp=rollout, advantage=a[response],
+        weight=weight[response], is_anchor=is_anchor, response=response, update_tokens=2 * n,
         right=a > 0)
 
 
-def test_responses_whose_importance_is_far_from_1_are_left_out(on_ranks):
-    lengths, figures = [3, 1, 4, 2, 5], Figures("cpu")
-    logp, batch = make_batch(lengths)
-    batch.ref_logp, batch.is_anchor[8:10] = batch.old_logp + 0.1, True  # the fourth response
-    # products e^0.3, e^-1, e^0.2, of an anchor's nonsense, e^1
-    apart = [0.1, 0.1, 0.1, -1.0, 0.5, -0.3, 0.5, -0.5, 9.0, 9.0, 0.2, 0.2, 0.2, 0.2, 0.2]
-    batch.rollout_logp = batch.old_logp - torch.tensor(apart, dtype=torch.float64)
-    out, how = [1, 4], dict(kl_coef=0.1, tis_cap=2.0)
-    got = policy_loss(logp, batch, **how, seq_mask_cap=1.5, figures=figures)
-    assert on_ranks(figures.all_ranks)[0]["gap/responses_left_out"] == len(out)
-    batch.weight[torch.isin(batch.response, torch.tensor(out))] = 0
-    assert got == policy_loss(logp, batch, **how) and got != 0
+def definition(logp, batch, lengths, loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0,
+               tis_cap=0.0, seq_mask_cap=math.inf, llds=0.0, anchor_loss="luffy"):
+    """The loss from the formulas of the papers, response by response, for autograd."""
+    total = 0 * logp.sum()
+    fields = (logp, batch.old_logp, batch.rollout_logp, batch.ref_logp, batch.advantage,
+              batch.weight, batch.is_anchor)
+    for x, old, rollout, ref, A, w, is_anchor in zip(*(v.split(lengths) for v in fields)):
+        if is_anchor.any():
+            pi = x.exp()
+            total = total - (w * A * (x if anchor_loss == "logp" else pi / (pi + 0.1))).sum()
+            continue
+        lost, importance = old - x, (old - rollout).exp()
+        ratio = (-lost).mean().exp() if loss == "gspo" else (-lost).exp()
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        gain = torch.minimum(A * ratio, A * clipped)
+        if loss == "cispo":
+            gain = A * clipped.detach() * x
+        if tis_cap:
+            gain = gain * importance.clamp(max=tis_cap)
+        kl = (ref - x).exp() - (ref - x) - 1
+        if 1 / seq_mask_cap <= importance.prod() <= seq_mask_cap:
+            total = total + (w * (kl_coef * kl - gain)).sum()
+        if lost.sum() > 0:
+            total = total + llds * lost.clamp(min=0)[A >= 0].sum() / batch.update_tokens
+    return total
 
 
-@pytest.mark.parametrize("lengths", [[1], [3, 1, 4, 2, 5], [1, 1, 1, 1, 1, 1]])
-def test_gspo_is_the_loss_of_whole_responses(lengths):
-    """Each response weighted alike, autograd through the geometric mean itself; no clip fires."""
-    for low, high in ((0.9, 9.0), (0.01, 0.02)):
-        logp, batch = make_batch(lengths)
-        batch.weight = 1 / torch.tensor(lengths, dtype=torch.float64)[batch.response]
-        want = 0.0
-        for i, n in enumerate(lengths):
-            own = batch.response == i
-            s, a = ((logp - batch.old_logp)[own].sum() / n).exp(), batch.advantage[own][0]
-            want = want - torch.minimum(s * a, s.clamp(1 - low, 1 + high) * a)
-        got = policy_loss(logp, batch, "gspo", low, high)
+@pytest.mark.parametrize("lengths", [[1], [1] * 8, [3, 1, 4, 2, 5, 9, 30, 6]])
+@pytest.mark.parametrize("how", [
+    dict(), dict(clip_low=0.1, clip_high=0.3, tis_cap=1.5), dict(kl_coef=0.05, llds=0.7),
+    dict(anchor_loss="logp", kl_coef=0.1, tis_cap=1.05, seq_mask_cap=1.5),
+    dict(loss="gspo", clip_low=0.9, clip_high=9.0),  # no clip fires
+    dict(loss="gspo", clip_low=0.01, clip_high=0.02, kl_coef=0.05, llds=0.7, seq_mask_cap=1.5),
+    dict(loss="cispo"), dict(loss="cispo", clip_low=1.0, clip_high=0.05, tis_cap=1.5, llds=0.7)])
+def test_loss_and_gradient_are_those_of_the_definition(lengths, how):
+    for seed in range(5):
+        logp, batch = make_batch(lengths, seed)
+        if how.get("loss") != "gspo":  # which has one advantage a response
+            batch.advantage = draw(seed + 60, len(logp)).round()
+        got, want = policy_loss(logp, batch, **how), definition(logp, batch, lengths, **how)
         assert got.item() == pytest.approx(want.item())
         gradients = [torch.autograd.grad(x, logp)[0] for x in (got, want)]
         assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["clip", "cispo"])
+def test_figures_are_over_what_was_sampled(loss, on_ranks):
+    lengths, figures = [3, 1, 4, 2, 5, 9, 30, 6], Figures("cpu")
+    logp, batch = make_batch(lengths)
+    penalty = policy_loss(logp, batch, llds=1.0) - policy_loss(logp, batch)
+    policy_loss(logp, batch, loss, 0.1, 0.3, 0.05, tis_cap=1.5, seq_mask_cap=1.5, llds=0.7,
+                figures=figures)
+    fields = (logp.detach(), batch.old_logp, batch.ref_logp, batch.rollout_logp, batch.advantage)
+    x, old, ref, rollout, a = (v[~batch.is_anchor].numpy() for v in fields)
+    ratio, gap, d = np.exp(x - old), old - rollout, ref - x
+    cut = (a > 0) & (ratio > 1.3) | (a < 0) & (ratio < 0.9)
+    if loss == "cispo":
+        cut = (a != 0) & ((ratio > 1.3) | (ratio < 0.9))
+    products = [part.sum().exp() for part in torch.from_numpy(gap).split([3, 1, 2, 5, 9, 30])]
+    assert cut.any() and on_ranks(figures.all_ranks) == [pytest.approx({
+        "train/clip_fraction": cut.mean(), "train/kl_old": (ratio - (x - old) - 1).mean(),
+        "train/kl": (np.exp(d) - d - 1).mean(), "train/llds": penalty.item(),
+        "train/tokens": len(x), "gap/mean": abs(gap).mean(), "gap/max": abs(gap).max(),
+        "gap/importance": np.exp(gap).mean(), "gap/importance_cut": (np.exp(gap) > 1.5).mean(),
+        "gap/responses_left_out": sum(not 1 / 1.5 <= p <= 1.5 for p in products)})]
 
 
 def test_gspo_keeps_the_credit_of_tokens():
@@ -126,37 +114,3 @@ def test_gspo_keeps_the_credit_of_tokens():
     ratio = torch.cat([x.mean().exp().expand(len(x))
                        for x in (logp.detach() - batch.old_logp).split([3, 4])])
     assert torch.allclose(got, -batch.weight * batch.advantage * ratio)
-
-
-@pytest.mark.parametrize("low, high", [(0.2, 0.2), (1.0, 0.05)])
-def test_cispo_cuts_no_gradient_off(low, high):
-    logp, batch = make_batch([30, 9, 4, 7, 50])
-    got, = torch.autograd.grad(policy_loss(logp, batch, "cispo", low, high), logp)
-    ratio = np.exp((logp.detach() - batch.old_logp).numpy())
-    want = -batch.weight.numpy() * ratio.clip(1 - low, 1 + high) * batch.advantage.numpy()
-    assert got.numpy() == pytest.approx(want) and ((ratio > 1 + high) & (want != 0)).any()
-
-
-@pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
-def test_llds_is_its_definition(loss):
-    """lambda / tokens of the update x sum over tokens with A >= 0 of responses that lost
-    likelihood of max(0, old - logp); nothing before the weights move, nothing of anchors."""
-    lengths = [3, 1, 4, 2, 5, 1, 6, 2]
-    logp, batch = make_batch(lengths, 3)
-    batch.is_anchor[4:8] = True  # the third response
-    value, slope, gated = 0.0, np.zeros(len(logp)), 0
-    lost = (batch.old_logp - logp.detach()).numpy()
-    for i in range(len(lengths)):
-        own = np.flatnonzero(batch.response == i)
-        if i == 2 or lost[own].sum() <= 0 or batch.advantage[own[0]] < 0:
-            continue
-        gated += 1
-        for t in own:
-            value += 0.7 * max(0, lost[t]) / batch.update_tokens
-            slope[t] -= 0.7 * (lost[t] > 0) / batch.update_tokens
-    with_it, without = (policy_loss(logp, batch, loss, llds=x) for x in (0.7, 0.0))
-    got, = torch.autograd.grad(with_it - without, logp)
-    assert 0 < gated < 5 and (with_it - without).item() == pytest.approx(value)
-    assert got.numpy() == pytest.approx(slope, abs=1e-12)
-    batch.old_logp = logp.detach()
-    assert policy_loss(logp, batch, loss, llds=0.7) == policy_loss(logp, batch, loss)

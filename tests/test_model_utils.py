@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Categorical
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import model_utils
@@ -49,13 +50,11 @@ def short(small):
 def one_by_one(model, groups, temperature):
     """(logp, entropy, lse) of every response token from a pass of each prompt + response alone."""
     found = []
-    for g in groups:
-        for r in g.responses:
-            ids = torch.from_numpy(np.concatenate([g.prompt, r]).astype(np.int64))
-            logits = model(input_ids=ids[None]).logits[0, len(g.prompt) - 1:-1] / temperature
-            d = logits.log_softmax(-1)
-            logp, entropy = d[torch.arange(len(r)), torch.from_numpy(r)], -(d.exp() * d).sum(-1)
-            found.append((logp, entropy, logits.logsumexp(-1)))
+    for g, r in ((g, r) for g in groups for r in g.responses):
+        ids = torch.from_numpy(np.concatenate([g.prompt, r]).astype(np.int64))
+        logits = model(input_ids=ids[None]).logits[0, len(g.prompt) - 1:-1] / temperature
+        policy = Categorical(logits=logits)
+        found.append((policy.log_prob(torch.from_numpy(r)), policy.entropy(), logits.logsumexp(-1)))
     return [torch.cat(x) for x in zip(*found)]
 
 
@@ -147,16 +146,17 @@ def test_head_gradients_are_autograds(chunk):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_gradient_is_the_same_every_time_and_however_it_is_cut(short):
+def test_gradient_is_the_same_every_time_and_however_it_is_computed(short, small):
     """Bit for bit every time, so that resumed runs repeat on a CPU: the prompt's last state
     predicts eight tokens, half in each of two threads' shares. Fillers add nothing."""
     batches = batches_of(random_groups(49152, [(9, [12] * 8)]))
     first, *others = (gradient(short, batches) for _ in range(3))
     assert all(torch.equal(other, first) for other in others)
     groups, filler = random_groups(49152, SIZES, prefix=4), pack([NOTHING])
-    want = gradient(short, batches_of(groups))
-    for batches in (batches_of(groups, 20), [filler, *batches_of(groups, 40), filler]):
-        assert len(batches) > 4 and (gradient(short, batches) - want).norm() < 1e-3 * want.norm()
+    cut, want = batches_of(groups, 20), gradient(short, batches_of(groups))
+    again = load_policy(small, torch.float32, "cpu", activation_checkpointing=True).train()
+    for policy, batches in ((short, cut), (short, [filler, *cut, filler]), (again, cut)):
+        assert len(batches) > 4 and (gradient(policy, batches) - want).norm() < 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -241,18 +241,10 @@ def test_a_checkpoint_is_a_plain_model_and_its_resume_goes_on(small, tmp_path, l
     assert not torch.equal(*(w["model.layers.0.mlp.up_proj.weight"] for w in (first, second)))
 
 
-def test_checkpointing_gives_the_same_gradient(short, small):
-    other = load_policy(small, torch.float32, "cpu", activation_checkpointing=True)
-    batches = batches_of(random_groups(49152, SIZES), 40)  # of several sizes
-    got, want = gradient(other.train(), batches), gradient(short, batches)
-    assert (got - want).norm() < 1e-4 * want.norm()
-
-
 def test_parameters_and_products_in_bfloat16(short, small, monkeypatch):
-    low = load_policy(small, torch.bfloat16, "cpu", param_dtype=torch.bfloat16)
+    """As of a reference model, and of a policy, in attention, too."""
     batch, = batches_of(random_groups(49152, SIZES[:1]))
-    want, logp = short(batch, 1.0)[0], low(batch, 1.0)[0]
-    assert logp.dtype == torch.float32 and 1e-6 < (logp - want).abs().mean() < 0.2
+    want = short(batch, 1.0)[0]
     seen, sdpa = set(), model_utils.F.scaled_dot_product_attention
 
     def watched(*qkv, **kwargs):
@@ -260,15 +252,11 @@ def test_parameters_and_products_in_bfloat16(short, small, monkeypatch):
         return sdpa(*qkv, **kwargs)
 
     monkeypatch.setattr(model_utils.F, "scaled_dot_product_attention", watched)
-    cast = Policy(short.model, torch.bfloat16)(batch, 1.0)[0]
+    reference = load_policy(small, torch.bfloat16, "cpu", param_dtype=torch.bfloat16)
+    for policy in (reference, Policy(short.model, torch.bfloat16)):
+        logp = policy(batch, 1.0)[0]
+        assert logp.dtype == torch.float32 and 1e-6 < (logp - want).abs().mean() < 0.2
     assert seen == {torch.bfloat16}
-    assert 1e-6 < (cast - want).abs().mean() < 0.2
-    optimizer = model_utils.make_optimizer(low, 1e-2, 0.0)
-    logp.mean().backward()
-    model_utils.optimizer_step(low, optimizer, 1.0)
-    assert all(p.dtype == torch.bfloat16 and p.grad is None for p in low.parameters())
-    assert all(s["exp_avg"].dtype == torch.bfloat16 for s in optimizer.state.values())
-    assert (low(batch, 1.0)[0].mean() - logp.mean()).abs() > 0.1
 
 
 @pytest.mark.parametrize("kind, changed, what", [

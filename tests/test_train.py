@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import judge
-import plot
 from metrics import step_line
 from runs import read_rows
 
@@ -71,17 +70,12 @@ def test_a_run_leaves_what_it_promises(whole):
         assert {(s["problem"], text, s["step"]) for text in right[:2]} <= {*answers}
         assert [a > 0 for a in s["advantage"]] == [r == 1 for r in s["reward"]]
         assert len(s["responses"]) == len(s["truncated"]) == 4 and s["score"] == [None] * 4
-    assert (out / "curves.png").stat().st_size > 10_000
-    for s in samples:  # of every token what a page can show
+        # of every token what a page can show
         assert "".join(s["tokens"]).startswith(s["responses"][0])
         wanted = np.repeat(s["advantage"], s["lengths"])
         assert s["token_advantage"] == pytest.approx(wanted, abs=1e-4)
         assert max(s["logp"]) <= 0 <= min(s["entropy"]) and len(s["logp"]) == len(wanted)
-    plot.report(str(out))
-    page = (out / "report.html").read_text()
-    data = json.loads(page.split("const data = ")[1].splitlines()[0])
-    assert data["samples"] == samples and data["settings"]["eval_problems"] == 8
-    assert "group_size" in data["settings"] and "seed" not in data["settings"]
+    assert (out / "curves.png").stat().st_size > 10_000
     assert sorted(p.name for p in out.glob("step_*")) == ["step_000001", "step_000002"]
     assert not torch.equal(*(weights(out, step)["model.norm.weight"] for step in (1, 2)))
 
@@ -161,12 +155,15 @@ def test_two_ranks(run, tmp_path, small):
 GOOD = '{"problem": "1 + 1", "answer": "2"}\n'
 FILES = {"empty": "", "good": GOOD, "long": GOOD + GOOD.replace("1 +", "1 + " * 9000),
          "wrong": '{"problem": "10 + 10", "solution": "y"}', "x.safetensors": "cut off",
+         "mine.py": "def rows(split):\n    return 1 / 0\ndef ask(row):\n    return 'x'\n",
          "solved": '{"problem": "1 + 1", "answer": "2", "solution": "\\\\boxed{2}"}'}
 REFUSED = """
 train.py --eval_dataset=nowhere.jsonl            eval_dataset: there is no file nowhere.jsonl
 train.py --dataset=DIR/empty                     has no rows
 train.py --dataset=DIR/long                      problem 2
 train.py --dataset=DIR/good --eval_dataset=DIR/good  are in an evaluation set
+train.py --dataset=DIR/mine.py:rows              mine.py:rows, line 2: ZeroDivisionError
+train.py --dataset=DIR/good --prompt=DIR/mine.py:ask  mine.py:ask: TypeError
 train.py --dataset=math500                       no file math500; and train sets are
 train.py --dataset=math --data_dir=config        math_lvl3to5_12k_split.jsonl
 train.py --model=models/nowhere                  models/nowhere
@@ -199,6 +196,7 @@ eval.py --ckpt=DIR                               neither a whole model
 eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
 eval.py --ckpt=MODEL --data=arithmetic,nowhere   there is no file nowhere
 eval.py --n_of=('aime24',32)                     n_of: 'aime24' is none of a pair
+eval.py --n_of=(('aime24',),)                    n_of: ('aime24',) is not a set and a number
 eval.py --chkpt=x                                'ckpt'
 eval.py --ckpt=MODEL --n=4                       n: 4
 eval.py --ckpt=MODEL --temperature=-1            temperature: -1
