@@ -42,8 +42,8 @@ def die(message, code=2):
 
 @contextlib.contextmanager
 def blame(what, file=None):
-    """Whatever its body raises ends the program, as bad input: `what`, the last line of `file`, the
-    user's, that was run, the error."""
+    """Whatever its body raises ends the program as bad input: `what`, the line that `file`, the
+    user's, was at, the error."""
     try:
         yield
     except Exception as e:
@@ -158,10 +158,10 @@ def settings_for(function, config):
 
 def check(settings, known, ranges, infinite="", texts="", counts="", numbers=""):
     """End the program if a setting has a value that no run can use.
-    known: {key: a tuple of the values it may have and of their types, or a list of those that the
-    setting, a tuple, may hold}. ranges: {"> 0": keys with spaces between, ...}, of numbers.
-    infinite: keys that may be. texts, counts, numbers: keys of what may be None, or must be a text,
-    a whole number, a number."""
+    known: {key: a tuple of its allowed values and types (float admits int), or a list: what each
+    item of a setting that is a tuple may be}. ranges: {"> 0": keys with spaces between, ...}, of
+    numbers. infinite: keys that may be. texts, counts, numbers: keys of what may be None, or must
+    be a text, a whole number, a number."""
     types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
     for keys, kind in ((texts, str), (counts, int), (numbers, float)):
         known = known | dict.fromkeys(keys.split(), (None, kind))

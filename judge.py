@@ -71,7 +71,7 @@ def parse_score(reply, mark):
     text = (reply or "").rpartition("</think>")[2].rstrip()
     number = r"([0-9]+(?:\.[0-9]+)?)(?:[ \t]*/[ \t]*10)?"
     line = rf"(?im)^[*_ \t]*score {mark}[*_ \t]*:[*_ \t]*{number}[*_. \t]*$"
-    score, *others = {*map(float, re.findall(line, text))} or [0]
+    score, *others = {*map(float, re.findall(line, text))} or [0]  # no line: 0, which is refused
     return score if re.search(line + r"\Z", text) and not others and 1 <= score <= 10 else None
 
 

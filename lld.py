@@ -90,6 +90,7 @@ world_size = dist.get_world_size()
 # ---- questions with both outcomes, sampled once and kept -----------------------------------------
 
 as_read = [*json.loads(json.dumps(config)).items()]  # a file has lists for tuples
+# the settings above `variants`, and those above `out_dir`
 of_groups, of_questions = (dict(as_read[:[*config].index(key)]) for key in ("variants", "out_dir"))
 groups = kept_rows(f"{out_dir}/groups.jsonl", of_groups) or []
 done = kept_rows(f"{out_dir}/questions.jsonl", of_questions) or []

@@ -20,7 +20,7 @@ def held_memory(config, ranks, parallel, compute_bytes, reference, lora_rank):
            "moments": 8 * trained * share,
            "reference": compute_bytes * trained * share if reference and not lora_rank else 0,
            "DDP's buckets": 4 * trained if ranks > 1 and not is_sharded else 0,
-           "embedding": 8 * config.vocab_size * config.hidden_size if is_sharded else 0}  # whole
+           "embedding": 8 * config.vocab_size * config.hidden_size if is_sharded else 0}  # pushed
     return {part: x / 2**30 for part, x in out.items()}
 
 

@@ -134,7 +134,7 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     many forward passes on all ranks, before the weights move and after: fillers make up for it."""
     units = pack_units(deal(groups), tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
-    most = np.max([(0, 1), *of_ranks(passes)], axis=0)
+    most = np.max([(0, 1), *of_ranks(passes)], axis=0)  # of both kinds; one at least is not early
     for early, missing in zip((True, False), most - passes):
         units += [Unit([], [pack([NOTHING]).to(device)], early) for _ in range(missing)]
     for unit in units:
@@ -237,7 +237,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
     """transformers' attention hook. query (1, H, T, D), key and value (1, H_kv, T, D).
     Without masks (bfloat16 on CUDA) one varlen call, in which each segment's queries meet the keys
     that lead to it and its own; the causal mask is aligned to the last key. With tree_masks SDPA,
-    a tree or a few short ones at a time, so that no token pays for all others."""
+    a tree or a few short ones at a time, so that no token is masked against all others."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotary's float32
     if masks is None:
         # a prompt's keys serve all responses: gathered in float32, their gradients add up in it
@@ -321,7 +321,7 @@ class HeadLogprob(torch.autograd.Function):
         grad = -grad / ctx.temperature
         of_target = (grad * logp.expm1()).to(h.dtype)  # p - 1, not p
         of_rows = (h, lse, grad, targets[:, None], of_target[:, None], dh)
-        # a filler has no rows, and kernels need not bear that
+        # a filler has no rows, which some kernels refuse
         for x, lse_x, grad_x, y, error, dx in zip(
                 *(t.split(ctx.chunk) for t in of_rows if len(h))):
             d = head_errors(x, w, lse_x, grad_x, ctx.temperature).scatter_(-1, y, error)
@@ -432,7 +432,7 @@ def parallelize(policy, parallel, device):
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32)
     for layer in policy.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    # without a backward pass nothing else would shard the embedding and the head again
+    # without a backward pass the embedding and the head would stay whole
     return fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=frozen)
 
 
