@@ -101,7 +101,7 @@ def _run_file(path, settings, defaults):
 def load_function(name, key):
     """The function "FILE.py:NAME", the value of the setting `key`; ends the program without it."""
     file, _, function = name.rpartition(":")
-    with blame(f"{key}: {name} is no function of a file, FILE.py:NAME", file):
+    with blame(f"{key}: it takes FILE.py:NAME; {name}", file):
         return runpy.run_path(file)[function]
 
 

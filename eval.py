@@ -1,7 +1,7 @@
 """Accuracy of models on the papers' benchmarks or your own problems, through vLLM.
 
     python eval.py --ckpt=out/quickstart        a run: its checkpoints, on its own held-out problems
-                                                (or, if it has none, on those it was trained on)
+                                                (of a file without: on those it was trained on)
     python eval.py config/eval_nthr.py --ckpt=Qwen/Qwen2.5-Math-1.5B     a row of [NTHR] Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0    all runs in out/
     torchrun --nproc_per_node=8 -- eval.py --ckpt=DIR --n=8 --tp=2     `--`, since torchrun has --n
@@ -234,7 +234,7 @@ if __name__ == "__main__":
     inside, results = None, []  # inside: whose weights the engine has
     for settings, *questions in jobs:
         folder, sampling = settings["ckpt"], settings_for(generate_all_ranks, settings)
-        name = settings["data"].replace("/", "_")  # files of one stem are two sets
+        name = settings["data"].replace("/", "_").lstrip(".")[-200:]  # one for each set
         stem = f"{name}_n{settings['n']}_t{settings['temperature']:g}"
         path = f"{home}/{settings['model']}/{stem}.jsonl"
         rows = kept_rows(path, settings)

@@ -117,16 +117,16 @@ def find_alarms(row, rows):
     """Set alarm/* of a step's row; returns lines to print, of alarms that no earlier row has.
     rows: all of metrics.jsonl so far. What a step lacks is nan and gives no alarm."""
     keys = ["reward/accuracy", "rollout/mean_length", "train/entropy", "train/grad_norm",
-            "train/loss", "gap/mean"]
+            "train/loss", "gap/mean", "train/bad_step"]
     steps = pd.DataFrame([*(r for r in rows if "time/step" in r), row], columns=keys, dtype=float)
     now, first = steps.iloc[-1], steps[:5].median()
     gradient = steps["train/grad_norm"].where(lambda x: x > 0)
     usual = gradient.rolling(21, min_periods=6).median().iloc[-1]
     change = steps["reward/accuracy"].rolling(10).mean().diff(10).iloc[-1]
     spread = steps["train/loss"].rolling(10).std()
-    idle = gradient[-3:].isna().all() and not row.get("train/bad_step")
+    idle = gradient.isna() & (steps["train/bad_step"] != 1)
     found = (
-        ("no_signal", len(steps) > 2 and idle,
+        ("no_signal", len(steps) > 2 and idle[-3:].all(),
          "no response had an advantage for three steps: try other problems, a larger group_size"),
         ("gradient", now["train/grad_norm"] > 10 * usual,
          "the gradient norm is ten times its median: try a smaller learning_rate"),

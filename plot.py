@@ -26,7 +26,7 @@ change of right responses' log-likelihood; share that fell: displacement/mean di
 share of incorrect tokens that are spared: nthr/selected
 shares of masks, of groups: dagrpo/lambda_pos dagrpo/lambda_neg dagrpo/fully_masked anchor/hard
 log-likelihood a token; share under 1%: anchor/logp anchor/logp_right anchor/unlikely
-seconds: time/step time/rollout time/judge time/old_policy time/update time/sync"""
+seconds: time/step time/rollout time/sleep time/judge time/old_policy time/update time/sync"""
 
 
 def subplots(rows):

@@ -301,8 +301,9 @@ while True:
     groups, sampled, position, wasted = rollout.sample_batch(
         engine, tokenizer, problems, prompts, position, wanted=has_signal,
         anchor_texts=anchor_texts, end=end, **of_sampling)
-    rollout.sleep_engine(engine)
     figures.lap("rollout")
+    rollout.sleep_engine(engine)
+    figures.lap("sleep")
 
     # ---- judge: groups without both outcomes need no scores
     if judged:
@@ -342,8 +343,7 @@ while True:
             for batch in unit.batches:
                 # DDP averages gradients in the last micro-batch; FSDP adds shards up as it goes
                 net.require_backward_grad_sync = batch is update[-1].batches[-1]
-                out = net(batch, temperature)
-                logp, entropy = out[:2]
+                logp, entropy, *_ = out = net(batch, temperature)
                 if not unit.early:
                     ask_old_policy(unit, [out], head, figures)
                 batch_loss = losses.policy_loss(logp, batch, figures=figures, **of_loss)

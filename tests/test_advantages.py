@@ -124,11 +124,13 @@ def test_influence_is_eq_7_and_the_product_of_head_gradients(reward, lengths, te
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-10)
 
 
-def test_a_score_at_tau_is_not_selected(monkeypatch):
-    group, s = make_group([1], [[1, 2], [3, 4, 5]], [1, 0]), torch.tensor([2, -1, 0.5, 0.6, 0.4])
-    monkeypatch.setattr(advantages, "influence", lambda *_: s)
-    A = token_advantages("nthr", group, Old(s, s, s, s, s), "sign", nthr_eta=0.0)
-    assert threshold(s, group, 1.0) == 0.5 and A.tolist() == [1, 1, -1, 0, -1]
+def test_a_score_at_tau_is_not_selected_and_tau_may_be_negative(monkeypatch):
+    group = make_group([1], [[1, 2], [3, 4, 5]], [1, 0])
+    for shift in (0.0, -1.0):
+        s = torch.tensor([2, -1, 0.5, 0.6, 0.4]) + shift
+        monkeypatch.setattr(advantages, "influence", lambda *_: s)
+        A = token_advantages("nthr", group, Old(s, s, s, s, s), "sign", nthr_eta=0.0)
+        assert threshold(s, group, 1.0) == 0.5 + shift and A.tolist() == [1, 1, -1, 0, -1]
 
 
 @pytest.mark.parametrize("variant", ["nthr", "random", "spare_entropy", "spare_logp"])

@@ -116,5 +116,5 @@ def test_a_function_is_a_setting(dies, tmp_path):
     assert (got["name"], got["limit"]) == (f"{path}:name", f"{path}:other")
     assert load_function(got["name"], "name")(4) == 8
     for wrong in (f"{path}:nothing", "nowhere.py:name", "name"):
-        dies(f"reward: {wrong} is no function of a file", load_function, wrong, "reward")
+        dies(f"reward: it takes FILE.py:NAME; {wrong}: ", load_function, wrong, "reward")
     dies("reward: ", check, GOOD | dict(reward="nowhere.py:x"), **ARGS)

@@ -69,7 +69,8 @@ def test_sets_of_the_hub_become_files(monkeypatch, tmp_path, capsys):
 
 
 def test_training_drops_test_problems_of_data_dir_and_of_the_evaluation(tmp_path, dies):
-    (tmp_path / "math500.jsonl").write_text('{"problem": "find\\n$X$.", "answer": "1"}')
+    for split, problem in (("math500", "find\\n$X$."), (data.SETS["math", "train"], "b")):
+        (tmp_path / f"{split}.jsonl").write_text(f'{{"problem": "{problem}", "answer": "1"}}')
     rows = [dict(problem=p) for p in ("Find  $x$.", "b", "c")]
     assert data.drop_evaluated(rows, "x", str(tmp_path), rows[2:]) == rows[1:2]
     dies("all problems of x", data.drop_evaluated, rows[:1], "x", str(tmp_path), [])

@@ -60,6 +60,8 @@ def test_rubric():
     # a demonstration without intermediate results tells answers and ends only
     assert groups[2].score == pytest.approx([10, 9.1, 9.1, 10, 7.6])
     assert judge.rubric_score(ROW, TEXTS[0], 1, True) == 8.5  # cut off
+    boxes = dict(ROW, solution=f"\\boxed{{83}} {ROW['solution']}".replace("= 83", "= 7"))
+    assert judge.rubric_score(boxes, boxes["solution"], 1, False) == 10  # numbers in boxes: no step
     # the box alone is worth less than a point
     rng = np.random.default_rng(0)
     words = ["12", "=", "83", "108", "1,000", "\\boxed{5}", "\\boxed{", "</think>", "9" * 400]

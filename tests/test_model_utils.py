@@ -253,6 +253,7 @@ def test_parameters_and_products_in_bfloat16(short, small, monkeypatch):
 
     monkeypatch.setattr(model_utils.F, "scaled_dot_product_attention", watched)
     reference = load_policy(small, torch.bfloat16, "cpu", param_dtype=torch.bfloat16)
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
     for policy in (reference, Policy(short.model, torch.bfloat16)):
         logp = policy(batch, 1.0)[0]
         assert logp.dtype == torch.float32 and 1e-6 < (logp - want).abs().mean() < 0.2

@@ -59,6 +59,7 @@ def test_alarms():
         assert step(key, value) == ([], [f"alarm/{name}"])  # once is enough
     assert [step("train/grad_norm", x)[0] for x in (0.0, None)] == [[], []]
     empty = {key: 0.4 for key in usual if not key.startswith(("train/", "gap/"))}  # no group at all
+    assert find_alarms(empty | {"train/bad_step": 1.0}, rows) == []
     assert [line.split(": ")[0] for line in find_alarms(empty, rows)] == ["alarm/no_signal"]
     assert ["alarm/flat"] in [step("train/loss", 4 * x)[0] for x in swings]
 

@@ -24,8 +24,8 @@ KEYS = """
     reward/accuracy reward/mean rollout/groups_sampled rollout/groups_kept rollout/response_tokens
     rollout/tokens_dropped rollout/prompts_wasted rollout/mean_length rollout/truncated train/lr
     train/loss train/entropy train/tokens train/grad_norm train/clip_fraction train/kl_old gap/mean
-    gap/max gap/importance time/rollout time/judge time/old_policy time/update time/sync time/step
-    perf/rollout_tok_s perf/train_tok_s perf/peak_memory_gib""".split()
+    gap/max gap/importance time/rollout time/sleep time/judge time/old_policy time/update time/sync
+    time/step perf/rollout_tok_s perf/train_tok_s perf/peak_memory_gib""".split()
 
 
 def steps(out):
@@ -192,6 +192,7 @@ train.py --variant=dagrpo --dataset=DIR/solved --judge=http://127.0.0.1:9  9 doe
 train.py --tp=2                                  tp: 2 is not a divisor of 1, the ranks
 train.py --resume --out_dir=DIR                  no whole checkpoint
 train.py --out_dir=DIR/empty                     out_dir
+train.py --out_dir=DIR/empty/x                   out_dir
 eval.py --ckpt=DIR                               neither a whole model
 eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
 eval.py --ckpt=MODEL --data=arithmetic,nowhere   there is no file nowhere
