@@ -104,10 +104,8 @@ def _read_problems(path, key, second="answer", lines=None):
         if not line.strip():
             continue
         where = f"{key}: {path}, line {number}"
-        try:
+        with blame(f"{where}: not a JSON object in UTF-8"):
             row = dict(json.loads(line))
-        except (TypeError, ValueError, RecursionError) as e:
-            die(f"{where}: not a JSON object in UTF-8 ({e})")
         if type(row.get("answer")) in (int, float):
             row["answer"] = str(row["answer"])
         for field in ("problem", second):

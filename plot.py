@@ -13,7 +13,7 @@ import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 
-from configurator import die
+from configurator import blame, die
 from runs import read_config, read_rows, write_whole
 
 # The panels: title, and the keys of metrics.jsonl that it shows; of several runs the first alone.
@@ -45,11 +45,9 @@ def read_runs(folders):
     """{name: [rows of metrics.jsonl of each seed]}; the name are the settings that differ."""
     configs, runs = [], []
     for folder in folders:
-        try:
+        with blame(f"{folder}: not a run with run_config.json and metrics.jsonl"):
             configs.append(read_config(folder))
-            runs.append(read_rows(folder) or die(f"{folder}: a run without a row"))
-        except (OSError, ValueError) as e:
-            die(f"{folder}: not a run with run_config.json and metrics.jsonl: {e}")
+        runs.append(read_rows(folder) or die(f"{folder}: a run without a row"))
     differ = [key for key in dict.fromkeys(key for config in configs for key in config)
               if key not in ("seed", "out_dir", "resume")
               and any(config.get(key) != configs[0].get(key) for config in configs)]

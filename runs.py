@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from configurator import die, is_rank0, print0
+from configurator import blame, die, is_rank0, print0
 from model_utils import full, plain_weights
 
 
@@ -96,12 +97,9 @@ def read_config(folder):
 
 def check_folder(path):
     """Make a folder to write to, or end the program."""
-    try:
+    with blame(f"out_dir: {path!r} cannot be written to"):
         os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        die(f"out_dir: {path!r} cannot be a folder: {e.strerror}")
-    if not os.access(path, os.W_OK | os.X_OK):
-        die(f"out_dir: {path} cannot be written to")
+        tempfile.TemporaryFile(dir=path).close()
 
 
 STEPS = "step_" + "[0-9]" * 6
