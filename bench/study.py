@@ -85,6 +85,7 @@ GROUNDS = {
               ["config/dagrpo_quickstart.py", "--out_dir=out/study/start"]),
     "pairs": ("config/quickstart.py", "addition", "models/SmolLM2-135M-Instruct", None),
     "anchors": ("config/dagrpo_quickstart.py", "sums", "models/SmolLM2-135M-Instruct", None),
+    "again": ("config/study_again.py", "sums", "models/SmolLM2-135M-Instruct", None),
     "late": ("config/study_late.py", "addition", "out/study/start_late/step_000022",
              ["config/quickstart.py", "--out_dir=out/study/start_late"]),
 }
