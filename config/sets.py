@@ -48,7 +48,12 @@ def sums(split):
     return rows[:128] if split == "test" else rows[128:4096]
 
 
-MADE = {"arithmetic": arithmetic, "addition": addition, "sums": sums}
+def sums_again(split):
+    """32 of `sums`, which a short run meets several times; held out are the same."""
+    return sums(split)[:32 if split == "train" else None]
+
+
+MADE = {"arithmetic": arithmetic, "addition": addition, "sums": sums, "sums_again": sums_again}
 
 # ---- how a set's problems are put to a model, if not as BOXED ------------------------------------
 
@@ -65,4 +70,4 @@ SUMS = dict(
     ARITHMETIC, max_response_tokens=48,
     few_shot=("57 + 38 + 46", "57 + 38 = 95, 95 + 46 = 141 \\boxed{141}",
               "64 + 23 + 85", "64 + 23 = 87, 87 + 85 = 172 \\boxed{172}"))
-STYLES = {"arithmetic": ARITHMETIC, "addition": ARITHMETIC, "sums": SUMS}
+STYLES = {"arithmetic": ARITHMETIC, "addition": ARITHMETIC, "sums": SUMS, "sums_again": SUMS}

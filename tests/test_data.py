@@ -186,3 +186,4 @@ def test_prompts(model_dir, dies, tmp_path):
     tok.save_pretrained(tmp_path)
     shutil.copy(f"{model_dir}/config.json", tmp_path)
     dies("its tokenizer has no chat template", data.load_tokenizer, str(tmp_path))
+    dies("tp: 2 does not divide the model's 9", data.load_tokenizer, model_dir, 2)

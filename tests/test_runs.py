@@ -123,6 +123,7 @@ def test_open_run_loses_nothing(tmp_path, dies):
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "old_1" / "metrics.jsonl").read_bytes() == b"\xff\n" + before.encode()
     assert [(d / "run_config.json").read_text()[-3] for d in (out / "old_1", out)] == ["1", "2"]
+    (out / "report.html").touch()
     runs.open_run(str(out), dict(lr=2))
     assert {*os.listdir(out)} == {"old_1", "old_2", "run_config.json"}
     before, after = (dict(lora_rank=4, model=x) for x in "ab")
@@ -136,7 +137,7 @@ def test_open_run_loses_nothing(tmp_path, dies):
     dies("under way: another one", runs.lock_folder, out)
     lock.close()  # it goes with whoever held it
     runs.lock_folder(out).close()
-    assert len(os.listdir(out / "old_2")) == 4  # a log, curves, config, checkpoint
+    assert len(os.listdir(out / "old_2")) == 5  # a log, curves, page, config, checkpoint
 
 
 def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(

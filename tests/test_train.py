@@ -59,6 +59,7 @@ def test_a_run_leaves_what_it_promises(whole):
         assert row.keys() >= set(KEYS)
         assert 0 < row["gap/max"] < 1e-2  # sampled from the weights the step before left
         assert row["rollout/groups_kept"] == 2 and row["train/grad_norm"] > 0
+        assert row["reward/mean"] == pytest.approx(row["reward/accuracy"])  # of all that is sampled
         # the first update moves the correct responses of the second
         assert abs(row["displacement/mean"]) > 1e-5 and 0 <= row["displacement/fell"] <= 1
         assert len(step_line(row | {"step": 9_999}, 9_999)) <= 120 and step_line(row, 2) in printed
