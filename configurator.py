@@ -71,7 +71,7 @@ def _parse(text, default):
         text = text.title()
     try:
         return float(text) if text.lstrip("+-") in ("inf", "nan") else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except Exception:  # literal_eval raises many
         return text
 
 
@@ -107,14 +107,14 @@ def load_function(name, key):
 
 def configure(script_globals, argv=None):
     """Override `script_globals` in place from config files and flags; returns the settings.
-    Settings are the globals so far without a leading underscore whose values are bool, int, float,
-    str, tuple or None. argv: list of str, default sys.argv[1:]."""
+    Settings are the globals so far whose names begin with a small letter and whose values are bool,
+    int, float, str, tuple or None. argv: list of str, default sys.argv[1:]."""
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
         argv = sys.argv[1:]
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join(argv)):
-        die(f"command line: {argv!r} are not UTF-8")
-    defaults = {key: value for key, value in script_globals.items() if not key.startswith("_")
+    with blame(f"command line: {argv!r}"):
+        "".join(argv).encode()  # bytes that are not UTF-8 do not encode
+    defaults = {key: value for key, value in script_globals.items() if key[0].islower()
                 and isinstance(value, int | float | str | tuple | None)}  # a bool is an int
     if {"-h", "--help"} & {*argv}:
         print0(script_globals.get("__doc__") or "")
@@ -156,14 +156,14 @@ def settings_for(function, config):
     return {key: config[key] for key in inspect.signature(function).parameters if key in config}
 
 
-def check(settings, known, ranges, infinite="", texts="", counts="", numbers=""):
+def check(settings, known, ranges, infinite="", optional={}):
     """End the program if a setting has a value that no run can use.
     known: {key: a tuple of its allowed values and types (float admits int), or a list: what each
     item of a setting that is a tuple may be}. ranges: {"> 0": keys with spaces between, ...}, of
-    numbers. infinite: keys that may be. texts, counts, numbers: keys of what may be None, or must
-    be a text, a whole number, a number."""
+    numbers. infinite: keys that may be. optional: {type: keys of what may be None, or must be of
+    it, int of float, too}."""
     types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
-    for keys, kind in ((texts, str), (counts, int), (numbers, float)):
+    for kind, keys in optional.items():
         known = known | dict.fromkeys(keys.split(), (None, kind))
     for key in known.keys() & settings.keys():
         values = known[key]

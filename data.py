@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import compress
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -100,7 +101,10 @@ def load_problems(name, split, key="dataset", data_dir="data"):
 def _read_problems(path, key, second="answer", lines=None):
     """Rows of a JSON Lines file, or lines, which have two texts: `problem` and `second`."""
     rows = []
-    for number, line in enumerate(open(path, "rb") if lines is None else lines, 1):
+    if lines is None:
+        with blame(f"{key}: cannot read {path}"):
+            lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{key}: {path}, line {number}"
@@ -149,8 +153,6 @@ def data_order(position, count, size, seed):
 def load_demos(problems, dataset, path=None):
     """Demonstrations of every problem, a list of lists of texts: its own "solution", or those of
     the JSON Lines file `path` with the same `problem`, each once."""
-    if path and not os.path.isfile(path):
-        die(f"demos: {path} is not a file")
     of_problem = {}
     for row in _read_problems(path, "demos", "solution") if path else problems:
         if isinstance(row.get("solution"), str):
@@ -302,8 +304,9 @@ def load_tokenizer(model, tp=1, key="model"):
     the program if tp engines cannot share its attention heads."""
     with blame(f"{key}: cannot read {model}"):
         tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+        heads = config.num_attention_heads  # not there in models of text and images
     if not tokenizer.chat_template:
         die(f"{key}: {model}: its tokenizer has no chat template")
-    if config.num_attention_heads % tp:
-        die(f"tp: {tp} does not divide the model's {config.num_attention_heads} attention heads")
+    if heads % tp:
+        die(f"tp: {tp} does not divide the model's {heads} attention heads")
     return tokenizer, config

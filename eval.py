@@ -144,8 +144,8 @@ def plan(model, tokenizer, room, given):
         # responses to other prompts, or graded by other rules, are not these
         asked = json.dumps(problems).encode() + np.concatenate(prompts).tobytes()
         if how.get("reward"):
-            function = load_function(how["reward"], "reward")
-            asked += Path(function.__code__.co_filename).read_bytes()
+            load_function(how["reward"], "reward")  # or a line that says what is wrong
+            asked += Path(how["reward"].rpartition(":")[0]).read_bytes()
         settings = model | settings_for(generate_all_ranks, how)
         settings |= {"data": name, "context": context, "crc32": zlib.crc32(asked)}
         yield settings, tokenizer, problems, prompts
@@ -203,8 +203,8 @@ if __name__ == "__main__":
     check(config, dict(dtype=("auto", "float32", "bfloat16"), n_of=[tuple]),
           {"> 0": "n max_problems max_response_tokens max_num_seqs gpu_memory_utilization",
            ">= 0": "temperature", "<= 1": "gpu_memory_utilization"},
-          texts="data data_dir system_prompt prompt reward out_dir",
-          counts="max_num_seqs max_response_tokens max_problems")
+          optional={str: "data data_dir system_prompt prompt reward out_dir",
+                    int: "max_num_seqs max_response_tokens max_problems"})
     for pair in n_of:
         if [*map(type, pair)] != [str, int] or pair[1] < 1:
             die(f"n_of: {pair} is not a set and a number of responses")

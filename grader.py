@@ -87,7 +87,8 @@ def normalise(answer):
 
 def number(text):
     """The value of a normalised answer if it is an integer, decimal, fraction or mixed number."""
-    match = NUMBER.fullmatch(re.sub(r"(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d))", "", text))
+    # int() reads 4,300 digits, and a period was written eight times
+    match = NUMBER.fullmatch(re.sub(r"(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d))", "", text)[:LONGEST])
     if match is None:
         return None
     sign, whole, top, bottom, power = match.groups("")
@@ -108,7 +109,7 @@ def quick(text, problem):
     (gold, unit), (pred, pred_unit) = normalise(gold), normalise(boxed)
     short, long = sorted((unit, pred_unit), key=len)
     measures = {unit, pred_unit} <= MEASURES or unit[:4] == pred_unit[:4] == "base"
-    if measures and not re.match(".*".join(short), long):  # min is short for minutes
+    if measures and not re.match(".*".join(map(re.escape, short)), long):  # min: minutes
         return False
     if gold.replace(" ", "") == pred.replace(" ", ""):
         return True

@@ -73,7 +73,7 @@ check(
     {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
      ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
-    infinite="nthr_beta oversample grad_clip", texts="system_prompt prompt reward")
+    infinite="nthr_beta oversample grad_clip", optional={str: "system_prompt prompt reward"})
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")
 problems = load_problems(dataset, split, data_dir=data_dir)

@@ -389,6 +389,7 @@ def check_model(path, config):
            if getattr(config, k, None) not in (None, 1)]
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         odd.append("sliding_window")
+    odd += {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}  # conv, mamba, ...
     with torch.device("meta"):
         head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
     if getattr(head, "bias", None) is not None:

@@ -97,14 +97,15 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                  max_rounds=8, dynamic_sampling=True, wanted=mixed, shuffle=True, tp=1,
                  anchors=0, anchor_share=1.0, anchor_hard_only=False, anchor_texts=None, end=None,
                  reward=None, reward_seconds=2.0):
-    """Groups of graded responses until `prompts_per_step` of them are `wanted` ([DAPO]).
+    """Groups of graded responses until `prompts_per_step` are `wanted` ([DAPO], 2503.14476).
 
     Prompts come in the data order, along which `position` (prompts, all ranks) counts. In work at
     once are `oversample` times the missing ones (inf: as many as fill the engines). Accepted are
     the first in the order of issue, whichever finished first, so that short responses are not
     favoured; the rest is aborted, and its prompts, behind the new position, are met again. After
     max_rounds x prompts_per_step prompts: what there is. Without dynamic_sampling every group is
-    accepted. A response depends on seed, its prompt's position and its number. 0 is greedy.
+    accepted. A response depends on seed, its prompt's position and its number; at
+    temperature 0 it is greedy.
 
     anchors: at most so many demonstrations (data.choose_anchors) take the places of rollouts if the
     problem has some, or only if no rollout is correct (anchor_hard_only), before the group is
@@ -119,7 +120,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     engines = dist.get_world_size() // tp
     mine, nth = divmod(dist.get_rank(), tp)  # this rank's engine, and which of its ranks it is
     room = engines * (core.vllm_config.scheduler_config.max_num_seqs // group_size + 1)
-    max_prompts = int(max_rounds * prompts_per_step)
+    max_prompts = round(max_rounds * prompts_per_step)
     order = data_order(position, max_prompts, len(prompts), seed) if shuffle else range(max_prompts)
     # vLLM counts a request's seeds on from the first: prompts are kept apart
     seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]

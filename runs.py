@@ -125,7 +125,7 @@ def lock_folder(out_dir):
     lock = open(f"{out_dir}/lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         die(f"out_dir: {out_dir} belongs to a run that is under way: {lock.read()}")
     lock.truncate(0)
@@ -190,7 +190,7 @@ def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
             check_space(out_dir, model)
             try:
                 model.save_pretrained(tmp, state_dict=weights)
-                tokenizer.save_pretrained(tmp)
+                tokenizer.save_pretrained(tmp, save_jinja_files=False)  # they may be a folder
                 torch.save(moments, f"{tmp}/optimizer.pt")
                 if adapters:
                     torch.save(adapters, f"{tmp}/adapters.pt")

@@ -119,8 +119,8 @@ check(  # a setting whose default is None takes any value, unless it is named he
      "< 1": "gpu_memory_utilization", "<= 1": "entropy_share anchor_share weight_decay",
      "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
     infinite="nthr_beta oversample clip_high tis_cap grad_clip",
-    texts="eval_dataset system_prompt prompt reward demos judge_model", counts="max_num_seqs",
-    numbers="gpu_memory_utilization max_gap seq_mask_cap")
+    optional={str: "eval_dataset system_prompt prompt reward demos judge_model",
+              int: "max_num_seqs", float: "gpu_memory_utilization max_gap seq_mask_cap"})
 if llds and prompts_per_update == prompts_per_step:
     die("llds: is always 0 with one update a step; take a smaller prompts_per_update")
 if not re.fullmatch(r"rubric|random|https?://[^@?]+", judge):  # it is printed and saved
@@ -362,7 +362,7 @@ while True:
         if before and not norm.isfinite():  # the whole step is undone
             model_utils.put_back(optimizer, before)
             break
-    updates = update = units = unit = batch = out = head = before = None  # vLLM wants the room
+    updates = update = units = unit = batch = out = _ = head = before = None  # vLLM wants room
     figures.lap("update")
 
     # ---- sync

@@ -14,7 +14,7 @@ CONFIGS = sorted(p.name for p in (Path(__file__).parent.parent / "config").glob(
 
 def script():
     return dict(steps=10, rate=1e-3, name="x", flag=False, on=True, betas=(0.9, 0.95), limit=None,
-                files=(), _private=1, __doc__="a script")
+                files=(), _private=1, CONSTANT=1, __doc__="a script")
 
 
 @pytest.mark.parametrize("flags, key, value", [
@@ -23,7 +23,8 @@ def script():
     ("--name=20", "name", "20"), ("--name=None", "name", "None"),
     ("--name true", "name", "true"), ("--flag --flag", "flag", True), ("--on False", "on", False),
     ("--betas=[1,2,3]", "betas", (1, 2, 3)), ("--limit=7", "limit", 7), ("--limit=t", "limit", "t"),
-    ("--limit=None", "limit", None), ("--files a b --on", "files", ("a", "b"))])  # all words
+    ("--limit=None", "limit", None), ("--limit={[]}", "limit", "{[]}"),
+    ("--files a b --on", "files", ("a", "b"))])  # all words
 def test_flags(flags, key, value):
     settings = script()
     got = configure(settings, flags.split())
@@ -42,6 +43,7 @@ def test_files_apply_in_order_and_flags_last(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("--stepz=3", "unknown key 'stepz', did you mean 'steps'?"), ("--steps", "needs a value"),
+    ("--CONSTANT=2", "unknown key"),
     ("--steps=1.5", "steps must be int, got 1.5"), ("--steps=True", "must be int, got True"),
     ("name = None\n", "name must be str, got None"), ("--flag=1", "flag must be bool"),
     ("--rate=fast", "rate must be float, got 'fast'"),
@@ -74,8 +76,9 @@ def test_help_and_settings_for_a_function(capsys):
 GOOD = dict(rate=0.1, bound=math.inf, steps=0, seed=0, eta=3, kinds=("a",), name="x", other=None,
             count=None, tp=1)
 ARGS = dict(
-    known=dict(eta=(None, "p", float), kinds=["a", "b"], elsewhere=(1,)), texts="other",
-    ranges={"> 0": "rate count", ">= 0": "steps", "<= 2": "rate"}, infinite="bound", counts="count")
+    known=dict(eta=(None, "p", float), kinds=["a", "b"], elsewhere=(1,)), infinite="bound",
+    ranges={"> 0": "rate count", ">= 0": "steps", "<= 2": "rate"},
+    optional={str: "other", int: "count"})
 
 
 @pytest.mark.parametrize("key, value, words", [

@@ -25,6 +25,7 @@ def test_sums_are_right_and_held_out_problems_are_unseen(name, size):
 def test_data_order_visits_every_row_once_an_epoch():
     epochs = data.data_order(0, 30, 10, seed=3).reshape(3, 10).tolist()
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
+    assert data.data_order(0, 10, 10, seed=4).tolist() not in epochs
     after = data.data_order(13, 9, 10, seed=3).tolist()  # a resume starts anywhere
     assert after == epochs[1][3:] + epochs[2][:2]
 
@@ -186,4 +187,6 @@ def test_prompts(model_dir, dies, tmp_path):
     tok.save_pretrained(tmp_path)
     shutil.copy(f"{model_dir}/config.json", tmp_path)
     dies("its tokenizer has no chat template", data.load_tokenizer, str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    dies("num_attention_heads", data.load_tokenizer, str(tmp_path))
     dies("tp: 2 does not divide the model's 9", data.load_tokenizer, model_dir, 2)

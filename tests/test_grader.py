@@ -31,6 +31,7 @@ x \in [-2,7] | [-2,7]   (2,5) | \{x \mid 2 < x < 5\}
 1, 2 | x=1 \text{ or } x=2   $(0,1),(1,0)$ | (1,0),(0,1)
 \frac{1 \pm \sqrt{5}}{2} | \frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}
 \begin{pmatrix} -1/3 \\ 2 \end{pmatrix} | \begin{bmatrix} -\frac13 \\ 2\end{bmatrix}
+1/3 | 0.\overline{LONG}
 E | \text{(E)}   \text{Evelyn} | Evelyn   \text{ellipse} | \text{an ellipse}
 """
 WRONG = r"""
@@ -41,6 +42,7 @@ x=1 | y=1   x<2 | x \le 2   52_8 | 52_7   (1,2) | (2,1)   (1,2) | [1,2]   (3,4] 
 1 \pm \sqrt{19} | 1+\sqrt{19}
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
 \text{silent} | \text{listen}   \text{(E)} | D   \pi r^2 h | \pi r^2   3:5:7 | 3:7:5   |x| | x
+1011_2 | 1011\text{base(}   2/3 | 0.\overline{LONG}
 1:2 | 2:1   4:40 a.m. | 4:40 p.m.   100 | 100 \text{ million}   \infty | -\infty   2 | x = 3
 """
 
@@ -51,7 +53,8 @@ def grade(*pairs):
 
 @pytest.mark.parametrize("table, verdict", [(RIGHT, True), (WRONG, False)])
 def test_answers_that_are_the_same_and_that_are_not(table, verdict):
-    pairs = [x.split(" | ") for x in re.split(r"\s{3,}|\n", table.strip())]
+    table = table.strip().replace("LONG", "3" * 600)  # written out more digits than int() reads
+    pairs = [x.split(" | ") for x in re.split(r"\s{3,}|\n", table)]
     assert len(pairs) > 30
     assert [pair for pair, got in zip(pairs, grade(*pairs)) if got != verdict] == []
 

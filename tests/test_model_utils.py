@@ -264,7 +264,7 @@ def test_parameters_and_products_in_bfloat16(short, small, monkeypatch):
     ("granite", dict(logits_scaling=8.0), "logits_scaling"), ("cohere", {}, "logit_scale"),
     ("phi", {}, "a bias of the head"), ("gemma2", {}, "final_logit_softcapping"),
     ("mistral", dict(sliding_window=8), "sliding_window"), ("llama", {}, None), ("qwen2", {}, None),
-    ("mistral", dict(sliding_window=None), None)])
+    ("mistral", dict(sliding_window=None), None), ("lfm2", dict(layer_types=["conv"]), "conv")])
 def test_models_whose_head_does_more_are_refused(kind, changed, what, dies):
     config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, num_hidden_layers=1,
                                   num_attention_heads=4, pad_token_id=0, **changed)

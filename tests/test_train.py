@@ -185,7 +185,7 @@ train.py --demos=self                            anchors: 0
 train.py --anchor_share=1.5                      anchor_share: 1.5 is not <= 1
 train.py --judge_noise=-1                        judge_noise: -1.0 is not >= 0
 train.py --judge=gpt-4o                          neither rubric nor random nor an address
-train.py --variant=dagrpo --demos=nowhere        demos: nowhere is not a file
+train.py --variant=dagrpo --demos=nowhere        demos: cannot read nowhere
 train.py --anchors=1 --demos=DIR/good            good, line 1: 'solution' is missing
 train.py --anchors=1 --demos=DIR/wrong           all 1 demonstrations are wrong
 train.py --anchors=1 --dataset=DIR/solved --max_response_tokens=3  are longer than
