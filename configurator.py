@@ -160,8 +160,8 @@ def check(settings, known, ranges, infinite="", optional={}):
     """End the program if a setting has a value that no run can use.
     known: {key: a tuple of its allowed values and types (float admits int), or a list: what each
     item of a setting that is a tuple may be}. ranges: {"> 0": keys with spaces between, ...}, of
-    numbers. infinite: keys that may be. optional: {type: keys of what may be None, or must be of
-    it, int of float, too}."""
+    numbers. infinite: keys that may be. optional: {type: keys that may be None or of that type
+    (float admits int), ...}."""
     types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
     for kind, keys in optional.items():
         known = known | dict.fromkeys(keys.split(), (None, kind))

@@ -104,8 +104,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     the first in the order of issue, whichever finished first, so that short responses are not
     favoured; the rest is aborted, and its prompts, behind the new position, are met again. After
     max_rounds x prompts_per_step prompts: what there is. Without dynamic_sampling every group is
-    accepted. A response depends on seed, its prompt's position and its number; at
-    temperature 0 it is greedy.
+    accepted. A response depends on seed, its prompt's position and number; greedy at temperature 0.
 
     anchors: at most so many demonstrations (data.choose_anchors) take the places of rollouts if the
     problem has some, or only if no rollout is correct (anchor_hard_only), before the group is

@@ -73,7 +73,7 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path, model_dir, monkeypatch):
     assert found == evaluation.find_models(str(tmp_path))  # a folder of runs
     assert evaluation.find_models("a/b") == {"a/b": None}
     mine = tmp_path / "mine.py"
-    mine.write_text("def score(text, row):\n    return 1\n")
+    mine.write_text("import functools\n@functools.cache\ndef score(text, row):\n    return 1\n")
     run = dict(dataset="sums", eval_problems=5, system_prompt="Hi", max_response_tokens=33,
                reward=f"{mine}:score", reward_seconds=5.0, prompt=None)
     (tmp_path / "run_config.json").write_text(json.dumps(run | dict(temperature=1.0)))

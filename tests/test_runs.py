@@ -152,6 +152,7 @@ def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "x": "y"}\n'
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = {"default": "x", "tool_use": "y"}  # a file each, if they are files
     model = AutoModelForCausalLM.from_config(Qwen2Config(
         hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1,
         num_key_value_heads=2, vocab_size=9))
