@@ -35,12 +35,12 @@ AGREE = {
 def compare(found, wanted, later=3e-5, first=1e-5, of_loss=0):
     """Updates against others. first, later: tolerance of gradients, later once weights moved;
     of_loss: an absolute one, for losses that nearly cancel out. On the kind of CPU that made the
-    numbers (AVX-512) 1e-5 is met; one that adds up in another order (AVX2) is up to 2e-5 away, and
-    2e-8 of the norm in an entry of the gradient, 1.3e-7 once weights moved."""
+    numbers (AVX-512) 1e-5 is met; one that adds up in another order (AVX2, a Xeon with AMX) is up to
+    2e-5 away, and 6.2e-8 of the norm in an entry of the gradient, 1.3e-7 once weights moved."""
     assert len(found) == len(wanted)
     for number, (got, want) in enumerate(zip(found, wanted)):
         tolerance = np.abs(want["grads"]).max() * (later if number else first)
-        tolerance = max(tolerance, (3e-7 if number else 5e-8) * want["grad_norm"])
+        tolerance = max(tolerance, (3e-7 if number else 1e-7) * want["grad_norm"])
         assert got["loss"] == pytest.approx(want["loss"], rel=4e-5, abs=of_loss)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4 if number else 4e-5)
         assert got["grads"] == pytest.approx(want["grads"], rel=0, abs=tolerance)
