@@ -35,7 +35,7 @@ AGREE = {
 def compare(found, wanted, later=3e-5, first=1e-5, of_loss=0):
     """Updates against others. first, later: tolerance of gradients, later once weights moved;
     of_loss: an absolute one, for losses that nearly cancel out. On the kind of CPU that made the
-    numbers (AVX-512) 1e-5 is met; one that adds up in another order (AVX2, a Xeon with AMX) is up to
+    numbers (AVX-512) 1e-5 is met; one that adds up in another order (AVX2, one with AMX) is up to
     2e-5 away, and 6.2e-8 of the norm in an entry of the gradient, 1.3e-7 once weights moved."""
     assert len(found) == len(wanted)
     for number, (got, want) in enumerate(zip(found, wanted)):
