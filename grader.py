@@ -6,6 +6,7 @@ Both get one spelling (`normalise`); equal spellings and numbers are compared he
 rest by math-verify in workers (this file as a program): `9^{9^{9^9}}` costs two seconds of
 processor time and a worker, no more. A function of the user's, `reward`, can take its place."""
 import contextlib
+import faulthandler
 import json
 import os
 import re
@@ -87,13 +88,11 @@ def normalise(answer):
 
 def number(text):
     """The value of a normalised answer if it is an integer, decimal, fraction or mixed number."""
-    # int() reads 4,300 digits, and a period was written eight times
-    match = NUMBER.fullmatch(re.sub(r"(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d))", "", text)[:LONGEST])
-    if match is None:
-        return None
-    sign, whole, top, bottom, power = match.groups("")
-    value = int(whole or 0) + Fraction(top) / int(bottom or 1)
-    return int(sign + "1") * value * Fraction(10) ** int(power or 0)
+    text = re.sub(r"(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d))", "", text)  # 12,345
+    if match := NUMBER.fullmatch(text[:LONGEST]):  # int() reads 4,300 digits; RULES lengthen
+        sign, whole, top, bottom, power = match.groups("")
+        value = int(whole or 0) + Fraction(top) / int(bottom or 1)
+        return int(sign + "1") * value * Fraction(10) ** int(power or 0)
 
 
 def quick(text, problem):
@@ -117,10 +116,8 @@ def quick(text, problem):
     if g is not None and p is not None:
         scale = Fraction(100) ** (gold.endswith("%") - pred.endswith("%"))
         values = [p * scale, p] if abs(g) >= 1 else [p * scale]
-        if g in values:
-            return True
-        if all(abs(g - x) > abs(g) / 900_000 for x in values):  # 0.333333 is 1/3
-            return False
+        if g in values or all(abs(g - x) > abs(g) / 900_000 for x in values):  # 0.333333 is 1/3
+            return g in values
     # To math-verify a word is the product of its letters, in any case and order
     words = re.compile(r"[a-zA-Z][a-zA-Z' -]{3,}")
     return False if words.fullmatch(gold) and words.fullmatch(pred) else (gold, pred)
@@ -145,14 +142,17 @@ def work():
     for line in sys.stdin:
         seconds, reward, *asked = json.loads(line)
         score = load(reward, "reward") if reward else same
-        timer = signal.ITIMER_REAL if reward else signal.ITIMER_PROF
-        signal.setitimer(timer, seconds)  # its signal ends the process
+        if reward:  # its time; it may have signals of its own
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        else:  # processor time, at whose end a signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             verdict = float(score(*asked))
             assert 0 <= verdict <= 1, f"{verdict} is not from 0 to 1"
         except BaseException as e:  # the parsers raise everything
             verdict = f"{type(e).__name__}: {e}"
-        signal.setitimer(timer, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         clear_cache()
         print(json.dumps(verdict), file=out, flush=True)
 
@@ -165,11 +165,11 @@ def _ask(question):
     """A worker's reply, see `work`; a text, too, if it took too long or died of it."""
     worker = getattr(_mine, "worker", None)
     if worker is None or worker.poll() is not None:
-        worker = Popen([sys.executable, __file__], 0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
-                       start_new_session=True)  # Ctrl-C is the parent's, which may want more
+        worker = _mine.worker = Popen(
+            [sys.executable, __file__], 0, stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+            start_new_session=True)  # Ctrl-C is the parent's, which may want more
         if not worker.stdout.readline():
             raise RuntimeError(f"the grader's worker does not start: {sys.executable} {__file__}")
-        _mine.worker = worker
     with contextlib.suppress(BrokenPipeError):
         worker.stdin.write(json.dumps(question).encode() + b"\n")
         if reply := worker.stdout.readline():

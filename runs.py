@@ -153,10 +153,9 @@ def open_run(out_dir, config, start=None):
             os.rename(path, f"{old}/{os.path.basename(path)}")
         elif path.endswith(LOGS):
             shutil.copy(path, old)
-            if path.endswith(".jsonl"):  # the step's row stays, its evaluation comes again
+            if path.endswith(".jsonl"):
                 rows = read_rows(out_dir, Path(path).stem)
-                write_jsonl(path, [row for row in rows if (
-                    row["step"], "eval/accuracy" in row) < (start[1]["step"], True)])
+                write_jsonl(path, [row for row in rows if row["step"] <= start[1]["step"]])
     if there and start is None:
         print0(f"{out_dir} held a run; it is now in {old}")
     write_whole(f"{out_dir}/run_config.json", json.dumps(config, indent=1))

@@ -278,6 +278,7 @@ def evaluate(step):
 
 bad_steps = 0  # in a row
 signals = []   # to end
+evaluated = [r["step"] for r in runs.read_rows(out_dir) if "eval/accuracy" in r]  # before a resume
 runs.catch_signals(signals)
 while True:
     # ---- save and evaluate
@@ -290,7 +291,7 @@ while True:
     if stop:
         print0(f"stopped by signal {stop} after step {step}; saved: {runs.checkpoints(out_dir)}")
         raise SystemExit(128 + stop)
-    if due and test_problems:
+    if due and test_problems and step not in evaluated:
         evaluate(step)
     if step >= max_steps:
         break

@@ -110,7 +110,7 @@ time.sleep(60)"""
 
 
 REWARDS = """
-import os, subprocess, time
+import os, signal, subprocess, time
 
 def length(text, row):  # prints, where a verdict is read, and in a process of its own
     print("1.0", flush=True)
@@ -121,6 +121,7 @@ def evaluated(text, row):
     return float(eval(text))
 """
 WRONG_REWARDS = ["time.sleep(60)", "os._exit(0)", "'nan'", "2", "-0.1", "'x'",
+                 "[signal.signal(signal.SIGALRM, signal.SIG_IGN), time.sleep(60)]",
                  "[subprocess.Popen(['sleep', '60'], stderr=subprocess.DEVNULL), time.sleep(60)]"]
 
 
@@ -135,8 +136,8 @@ def test_a_reward_of_ones_own(tmp_path, capsys):
     got = grader.grade_all(items, f"{tmp_path}/mine.py:evaluated", 0.5)
     assert got == [0.0, 1.0, 0.5] * len(WRONG_REWARDS) and time.time() - began < 40
     said = capsys.readouterr().out
-    assert "reward: 3 of 21 responses are worth 0: over 0.5 seconds" in said
-    assert "1 of 21 responses are worth 0: ValueError: could not convert" in said
+    assert "reward: 4 of 24 responses are worth 0: over 0.5 seconds" in said
+    assert "1 of 24 responses are worth 0: ValueError: could not convert" in said
     assert "AssertionError: nan is not from 0 to 1" in said
 
 

@@ -117,8 +117,8 @@ def test_open_run_loses_nothing(tmp_path, dies):
     before = metrics.read_text() + '{"step": 4, "x"'
     metrics.write_bytes(b"\xff\n" + before.encode())  # a damaged row, too
     runs.open_run(str(out), dict(keep_ckpts=1, lr=2), (str(path), dict(step=2)))
-    assert metrics.read_text() == "".join(before.splitlines(True)[:3])  # step 2 is evaluated again
-    assert [r.get("x", 7) for r in runs.read_rows(out)] == [7, None, None]  # JSON has no nan
+    assert metrics.read_text() == "".join(before.splitlines(True)[:4])  # step 3 comes again
+    assert [r.get("x", 7) for r in runs.read_rows(out)] == [7, None, None, 7]  # JSON has no nan
     plot_runs(plot.read_runs([str(out)]), f"{out}/curves.png")
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert (out / "old_1" / "metrics.jsonl").read_bytes() == b"\xff\n" + before.encode()

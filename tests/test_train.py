@@ -134,6 +134,7 @@ def test_two_ranks(run, tmp_path, small):
     assert list(far.iterdir()) == []  # the first machine's rank 0 writes
     run(*args, f"--out_dir={near}", "--max_steps=2", "--parallel=fsdp", "--resume",
         "--variant=dagrpo", ranks=2)
+    assert [row["step"] for row in read_rows(near) if "eval/accuracy" in row] == [1, 2]
     first, second = steps(near)
     for row in (first, second):
         assert 0 < row["gap/max"] < 1e-2 and abs(row["gap/importance"] - 1) < 1e-3
