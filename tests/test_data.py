@@ -137,6 +137,7 @@ def test_a_share_of_the_problems_has_anchors_and_the_newest_answers_stay():
     assert data.choose_anchors("1", texts, 0, 1.0, 7) == []
     group = make_group([1], [[1]] * 5, row={"problem": "p"}, texts=[*"abcad"],
                        reward=[1, 0, 1, 1, 1], is_anchor=np.arange(5) == 4)
+    assert data.accuracy([group]) == 0.75  # demonstrations do not count
     known = {}
     for step, most, want in ((1, 2, {"c": 1, "a": 1}), (2, 1, {"a": 2}), (3, 3, dict(a=3, c=3))):
         rows = data.right_answers([group], step, most)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from replay import ROOT, read_groups, replay
 
+import advantages
 import data
 import losses
 import model_utils
@@ -25,7 +26,8 @@ AGREE = {
                            "--pos_weight=0.1", "--loss=gspo", "--loss_norm=response",
                            "--clip_low=3e-4", "--clip_high=4e-4", "--prompts_per_update=2",
                            "--learning_rate=1e-4"],
-    "dagrpo_luffy_cispo": [*GOLDEN["flags"]["dagrpo_luffy"], "--loss=cispo"],
+    "dagrpo_luffy_cispo": [*GOLDEN["flags"]["dagrpo_luffy"], "--loss=cispo",
+                            "--tokens_per_micro_batch=260"],
     "entropy_top_lora_fsdp": ["--variant=entropy_top", "--lora_rank=3", "--kl_coef=0.1",
                               "--prompts_per_update=2", "--learning_rate=1e-3", "--parallel=fsdp",
                               "--tokens_per_micro_batch=260"],
@@ -94,9 +96,26 @@ def test_a_gap_to_vllm_ends_the_run_before_the_weights_move(tmp_path, small, mon
     assert "from the trainer's, max_gap=0.1: did a push" in capsys.readouterr().err
 
 
-def test_right_answers_are_demonstrations_of_the_next_step(tmp_path, small):
-    flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}", "--demos=self"]
+def test_two_steps_with_adapters_at_another_temperature(tmp_path, small, monkeypatch):
+    """Right answers are the next step's demonstrations; the rate rises and falls; the reference is
+    the model without its adapters, at the same temperature, as is what NTHR sees."""
+    of_variant, off = advantages.token_advantages, []
+
+    @functools.wraps(of_variant)
+    def token_advantages(old, **kwargs):
+        lse = (old.h @ old.head.T / old.temperature).logsumexp(-1)
+        off.append((lse - old.lse).abs().max().item())
+        return of_variant(old=old, **kwargs)
+
+    monkeypatch.setattr(advantages, "token_advantages", token_advantages)
+    flags = [*GOLDEN["common"], "--prompts_per_update=6", f"--model={small}", "--demos=self",
+             "--variant=nthr", "--temperature=0.8", "--lora_rank=3", "--kl_coef=0.1",
+             "--learning_rate=1e-3", "--warmup_steps=1", "--decay_steps=3"]
     updates, _ = replay([GROUPS] * 2, *flags, "--anchors=1", f"--out_dir={tmp_path}/out")
+    assert len(off) == 2 * len(GROUPS) and max(off) < 1e-4
+    first, second = read_rows(tmp_path / "out")
+    assert abs(first["train/kl"]) < 1e-9 and second["train/kl"] > 1e-7
+    assert [first["train/lr"], second["train/lr"]] == pytest.approx([1e-3 / 2, 1e-3 * 2 / 3])
     right = {g.row["problem"]: [text for text, is_right in zip(g.texts, g.right) if is_right][:1]
              for g in GROUPS if g.right.any()}
     assert right and [update["anchor_texts"] for update in updates] == [{}, right]
