@@ -4,7 +4,7 @@
 # make dagrpo         train with a judge, and worked solutions as anchors: out/dagrpo_quickstart/
 # make lld            measure Lazy Likelihood Displacement: out/lld/
 # make test           run the tests but the slow ones, in ten minutes
-# make test-slow      whole runs that are killed and resumed, on two ranks, a study: as long again
+# make test-slow      whole runs that are killed and resumed, on two ranks, a study: 15 minutes
 # make lint           run ruff
 # make bench          what NTHR adds to a step, what shared prompts save; on a GPU also MFU,
 #                     rollouts, weight push, sleep

@@ -47,7 +47,7 @@ class Old:
 def group_advantages(reward, advantage_norm="std"):
     """A_i = (r_i - mean) / std over the group, population std ([NTHR] eq. 1). (G,) -> (G,) float64.
     advantage_norm "mean": r_i - mean, not divided ([DrGRPO], [DaGRPO]). Anchors count like any
-    other response. A group with one outcome has no signal: all 0. "sign": 1 for right, -1 for wrong
+    other response. A group of equal rewards has no signal: all 0. "sign": 1 for right, -1 for wrong
     responses, whatever the others are ([NSR])."""
     if advantage_norm == "sign":
         return np.where(reward > RIGHT, 1.0, -1.0)
@@ -215,7 +215,7 @@ def dagrpo_margins(score, advantage):
 
 
 def dagrpo_threshold(groups, delta, advantage_norm="std"):
-    """delta in points. "q0.25": the margin that the lowest 25% of the responses that have one do
+    """delta in points. "q0.25": the margin that at most 25% of the responses that have one do
     not reach, over a step's groups; nan if none has. None: 3."""
     if not isinstance(delta, str):
         return 3.0 if delta is None else delta

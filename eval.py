@@ -4,7 +4,7 @@
                                                 (of a file without: on those it was trained on)
     python eval.py config/eval_nthr.py --ckpt=Qwen/Qwen2.5-Math-1.5B     a row of [NTHR] Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0    all runs in out/
-    torchrun --nproc_per_node=8 -- eval.py --ckpt=DIR --n=8 --tp=2     `--`, since torchrun has --n
+    torchrun --nproc_per_node=8 -- eval.py --n=8 --temperature=1 --tp=2   `--`: torchrun has --n
     python eval.py --compare a.jsonl b.jsonl    two models' responses to the same problems
 
 Results are in eval/ beside a run's checkpoints, else in out/eval/: results.md and .json, and for

@@ -75,7 +75,7 @@ demos = None                  # a file; None: the set's own; "self": what this r
 judge = "rubric"              # of dagrpo: "rubric", "random", or a server's "http://host:port/v1"
 judge_model = None            # of a server; None: the first it lists
 judge_noise = 0.0             # standard deviation of what is added to its scores, points
-delta = None                  # least margin of a response, points; None: 3; "q0.25" masks a quarter
+delta = None                  # least margin of a response, points; None: 3; "q0.25" masks up to 1/4
 anchors = 0                   # demonstrations in a group at most, in place of rollouts
 anchor_share = 1.0            # share of the problems that get any, by a hash
 anchor_hard_only = False      # only in groups without a correct rollout; always with demos="self"
@@ -278,7 +278,7 @@ def evaluate(step):
 
 bad_steps = 0  # in a row
 signals = []   # to end
-evaluated = [r["step"] for r in runs.read_rows(out_dir) if "eval/accuracy" in r]  # before a resume
+evaluated = data.of_ranks([r["step"] for r in runs.read_rows(out_dir) if "eval/accuracy" in r])[0]
 runs.catch_signals(signals)
 while True:
     # ---- save and evaluate
