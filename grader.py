@@ -27,9 +27,9 @@ LONGEST = 2000        # characters of an answer; the longest reference answer ha
 
 # What `normalise` replaces, in this order; math-verify reads the rest of LaTeX by itself
 RULES = (
-    (r"\\?\$|\*\*|\\(?=%)|\\approx|\\(?:left|right|displaystyle)(?![a-z])|\\!(?! *\d)", ""),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\varnothing", r"\\emptyset"),
+    (r"^\$? ?\\approx|\\?\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!(?! *\d)", ""),
+    (r"(?<=\\\\)\[[\d.]+[a-z]+\]|\*\*|\\(?=%)", ""),  # \\[4pt]
+    (r"\\[dtc]frac", r"\\frac"), (r"\\varnothing", r"\\emptyset"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | ) *(?=\d{3}(?![\d/]))", ""),  # 10{,}000
     (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s)+", " "),
     (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"),  # \frac12
@@ -40,13 +40,13 @@ RULES = (
     (r"(?<![\\a-zA-Z])(?:np\.)?(pi|arcsin|arccos|arctan|sin|cos|tan|ln|log)(?![a-z])", r"\\\1"),
     (r"(?<=\d) ?(?:[eE]|(?:\\times|\\cdot|[*x]) ?10\^)\{?([+-]?\d+)\}?", r"\\times 10^{\1}"),
     (r"^(-?)10(?=\^)", r"\g<1>1\\times 10"),
-    (r"\\overline\{(\d+)\}", r"\1\1\1\1\1\1\1\1"),
+    (r"\\(?:overline|bar)\{(\d+)\}", r"\1\1\1\1\1\1\1\1"),
     (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),
     (r"^(\d+) ?: ?(\d+) ?: ?(\d+)$", r"(\1,\2,\3)"),  # a ratio of three
     (r"\\\{ ?[a-z][^|:]*?(?:\\mid|\||:)(.*)\\\}", r"\1"),  # \{x \mid 2 < x < 5\}
     (r"(?<=\d)i(?![a-z])", " i"),  # else math-verify sees no imaginary unit
     (r"\b([apAP])\. ?([mM])\b\.?", r"\1\2"),  # 4:30 p.m.
-    (r"\\(?:text[a-z]*|mbox|mathrm|mathbf|mathit) ?\{ ?(?:(?:an?|the) )?", r"\\text{"),
+    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it)|boldsymbol|bm) ?\{ ?(?:(?:an?|the) )?", r"\\text{"),
     (r"^(.*(?:[\d}%]|\\pi)) ([ckm]?m|k?g|ft|in|[a-zA-Z]{3}[a-zA-Z /]*)(?:\^\d)?$", r"\1\\text{\2}"),
     (r"^\(?([0-9A-F]+|\\text\{[0-9A-F]+\})\)? ?_\{?(\d+)\}?$", r"\1\\text{base \2}"),
 )
@@ -58,8 +58,8 @@ MEASURES = set("""mm millimeters cm centimeters m meters km kilometers in inches
     grams kg kilograms seconds min minutes hours days weeks months years dollars cents""".split())
 NUMBER = re.compile(r"([+-]?) ?(?:(\d+)(?= ?\\frac| \d+/))? ?(?:\\frac\{)?(\d+\.?\d*|\.\d+)"
                     r"(?:(?:\}\{| ?/ ?)0*([1-9]\d*)\}?)?(?:\\times 10\^\{([+-]?\d{1,3})\})?")
-CHOICE = re.compile(r"(?i)(?:(?:option|answer|choice) ?:? ?)?[(\[]?([A-Z]|\d{1,2})"
-                    r"(?:$|[)\].:]| -| \()(?!.*\([A-J]\)|(?:.*[,;/\s])?[A-J](?:[.):]|$))")
+CHOICE = re.compile(r"(?i)(?:(?:option|answer|choice)[ :]*)?[(\[]?([A-Z]|\d\d?)(?:$|[)\].:]| -| \()"
+                    r"(?!.*\([A-J]\)|(?:.*[,;/\s])?[A-J][.):]|(?:[,;/\s]|and|or|[A-J]\b)*\b[A-J]$)")
 
 
 def last_boxed(text):
@@ -106,11 +106,11 @@ def quick(text, problem):
     if max(len(boxed), len(gold)) > LONGEST:
         return boxed.strip() == gold
     (gold, unit), (pred, pred_unit) = normalise(gold), normalise(boxed)
-    short, long = sorted((unit, pred_unit), key=len)
+    short, long = sorted((unit[:30], pred_unit[:30]), key=len)
     measures = {unit, pred_unit} <= MEASURES or unit[:4] == pred_unit[:4] == "base"
     if measures and not re.match(".*".join(map(re.escape, short)), long):  # min: minutes
         return False
-    if gold.replace(" ", "") == pred.replace(" ", ""):
+    if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", pred):
         return True
     g, p = number(gold.rstrip("% ")), number(pred.rstrip("% "))
     if g is not None and p is not None:
