@@ -141,8 +141,8 @@ def influence(old, tokens, source, vocab="response", chunk=2048):
 
     [NTHR] eq. 7. u = onehot(token) - softmax(logits / temperature) is the prediction error: M is
     the gradient of the source tokens' log-likelihood with respect to the LM head, and s_t its
-    inner product with token t's (times temperature^2). tokens (n,) int and source (n,), weights, 0
-    for most, are on the host. vocab "response": only rows of the head whose tokens are in the group
+    inner product with token t's (times temperature^2). tokens (n,) int and source (n,), the
+    weights, are on the host. vocab "response": only rows of the head whose tokens are in the group
     (V*_x, softmax still over all of them), or "full". Returns (n,) in float32 (float64 of float64).
     lse is known, so u is made a block of the vocabulary at a time: no array exceeds chunk x V."""
     dtype = torch.promote_types(old.h.dtype, torch.float32)

@@ -33,7 +33,7 @@ class Group:
     weight: np.ndarray = None  # (G,) float, of each response's tokens in the loss: set_weights
     seed: int = 0              # of whatever is drawn for this group
     update_tokens: int = 0     # response tokens of its update, on all ranks
-    of_tokens: object = None   # (3, n) tensor of logp, entropy, advantage, where it is trained on
+    of_tokens: object = None   # (3, n) logp, entropy, advantage, on the rank that trains on it
 
     def __post_init__(self):
         for name, value in dict(truncated=False, is_anchor=False, score=np.nan, weight=0.0).items():
@@ -65,9 +65,23 @@ def mixed(group):
 
 
 def accuracy(groups, of="correct"):
-    """Mean over groups of the share of their rollouts that are right, or of their mean reward."""
+    """Mean over groups of their rollouts' mean "correct" (a share) or "reward"; nan of none."""
     shares = [getattr(g, of)[~g.is_anchor].mean() for g in groups]
     return float(np.mean(shares)) if groups else np.nan
+
+
+def of_ranks(value):
+    """The values of all ranks, which call together, a list."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share_out(function, items):
+    """List of function(items), as many results, dealt over the ranks, which call together."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shares = of_ranks(list(function(items[rank::world])))
+    return [shares[i % world][i // world] for i in range(len(items))]
 
 
 PER_RESPONSE = ("responses", "rollout_logp", "texts", "truncated", "reward", "is_anchor", "score",
@@ -161,23 +175,9 @@ def load_demos(problems, dataset, path=None):
     return demos if any(demos) else die(f"demos: no problem of {dataset} has a solution")
 
 
-def of_ranks(value):
-    """The values of all ranks, which call together, a list."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def share_out(function, items):
-    """List of function(items), as many results, dealt over the ranks, which call together."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    shares = of_ranks(list(function(items[rank::world])))
-    return [shares[i % world][i // world] for i in range(len(items))]
-
-
 def verify_demos(tokenizer, problems, prompts, demos, max_response_tokens, end, *of_grader):
     """Set row["solution"] to the first right demonstration that is short enough to be trained on,
-    else the first right one, or None. Returns the short ones, {problem: {text: nan}}. All call."""
+    else the first right one, or None. Returns the short, {problem: {text: nan}}. All ranks call."""
     def choose(share):
         items = [(text, row) for row, _, texts in share for text in texts]
         verdicts = iter(grade_all(items, *of_grader))
@@ -217,7 +217,7 @@ def remember(anchor_texts, rows, most):
 
 def choose_anchors(problem, anchor_texts, anchors, anchor_share, seed):
     """At most `anchors` demonstrations of a problem, a list of texts. A hash leaves problems out:
-    about the share anchor_share of them has any. anchor_texts: as of `verify_demos`."""
+    about the share anchor_share of them has any. anchor_texts: see `remember`."""
     if not anchors or random.Random(f"{seed} {problem}").random() >= anchor_share:
         return []
     return [*anchor_texts.get(problem, ())][:anchors]
@@ -243,7 +243,7 @@ def encode_anchor(tokenizer, prompt, text, end):
 
 def with_anchors(tokenizer, group, texts, most, end):
     """The group with demonstrations, texts, as its last responses, correct and not sampled, in
-    place of the rollouts that would make it larger than `most`. end: as of `end_token`."""
+    place of the rollouts that would make it larger than `most`. end: see `end_token`."""
     k, ids = len(texts), [encode_anchor(tokenizer, group.prompt, text, end) for text in texts]
     added = Group(group.row, group.prompt, ids, [np.zeros_like(x, np.float32) for x in ids], texts,
                   np.ones(k, np.float32), is_anchor=np.full(k, True))
@@ -264,7 +264,7 @@ def chat(*texts):
 
 @lru_cache(maxsize=2)
 def apart(tokenizer):
-    """Takes special tokens in a text apart: `<|im_end|>` in a problem must not end a turn."""
+    """Function that takes special tokens in a text apart: a problem's `<|im_end|>` ends no turn."""
     special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
     found = re.compile("|".join(special) or "$^")
     return partial(found.sub, lambda token: f"{token[0][0]} {token[0][1:]}")
@@ -301,7 +301,7 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
 
 def load_tokenizer(model, tp=1, key="model"):
     """(tokenizer, Hugging Face config) of a folder or hub id, which the setting `key` named; ends
-    the program if tp engines cannot share its attention heads."""
+    the program if tp ranks cannot share its attention heads."""
     with blame(f"{key}: cannot read {model}"):
         tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
         heads = config.num_attention_heads  # not there in models of text and images

@@ -1,7 +1,7 @@
 """Accuracy of models on the papers' benchmarks or your own problems, through vLLM.
 
     python eval.py --ckpt=out/quickstart        a run: its checkpoints, on its own held-out problems
-                                                (of a file without: on those it was trained on)
+                                                (trained on a file alone: on that file)
     python eval.py config/eval_nthr.py --ckpt=Qwen/Qwen2.5-Math-1.5B     a row of [NTHR] Table 2
     python eval.py --ckpt=out/ --data=math500,mine.jsonl --n=8 --temperature=1.0    all runs in out/
     torchrun --nproc_per_node=8 -- eval.py --n=8 --temperature=1 --tp=2   `--`: torchrun has --n
@@ -56,7 +56,7 @@ def pass_at_k(correct, k):
 
 
 def bootstrap(sets, seed=0):
-    """[mean, low, high] over sets of their means, with its 95% interval, problems drawn anew. sets:
+    """[mean over sets of their means, low, high]: with its 95% interval, problems drawn anew. sets:
     for each the values of its problems (P,)."""
     rng = np.random.default_rng(seed)
     means = [np.concatenate([rng.choice(values, (100, len(values))).mean(1) for _ in range(100)])
@@ -121,7 +121,7 @@ def find_models(ckpt):
 
 def plan(model, tokenizer, room, given):
     """What to ask a model: (settings, tokenizer, problems, prompts) of every set.
-    model: its own settings; room: tokens of its context; given: those of eval.py."""
+    model: its name, ckpt, weights; room: tokens of its context; given: those of eval.py."""
     run, folder = {}, Path(model["ckpt"])
     if as_trained and (folder / "trainer_state.json").exists():  # its files are whole: find_models
         run = read_config(folder)
@@ -147,7 +147,7 @@ def plan(model, tokenizer, room, given):
             load_function(how["reward"], "reward")  # or a line that says what is wrong
             asked += Path(how["reward"].rpartition(":")[0]).read_bytes()
         settings = model | settings_for(generate_all_ranks, how)
-        settings |= {"data": name, "context": context, "crc32": zlib.crc32(asked)}
+        settings |= dict(data=name, dtype=dtype, context=context, crc32=zlib.crc32(asked))
         yield settings, tokenizer, problems, prompts
 
 

@@ -13,6 +13,7 @@ tokens. Stopped and started again, it goes on; other settings of the update keep
 import copy
 import itertools
 import json
+import zlib
 
 from rollout import build_engine, sample_batch, sleep_engine, sync_weights  # before torch
 
@@ -29,7 +30,7 @@ import model_utils
 from advantages import VARIANTS, Old, gwhes, influence, threshold
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
-from eval import bootstrap, kept_rows, table
+from eval import bootstrap, find_models, kept_rows, table
 from plot import save_figure, subplots, write_page
 from runs import check_folder, write_jsonl, write_whole
 
@@ -90,8 +91,11 @@ world_size = dist.get_world_size()
 # ---- questions with both outcomes, sampled once and kept -----------------------------------------
 
 as_read = [*json.loads(json.dumps(config)).items()]  # a file has lists for tuples
+asked = zlib.crc32(repr([*zip(problems, map(bytes, prompts))]).encode())
 # the settings above `variants`, and those above `out_dir`
-of_groups, of_questions = (dict(as_read[:[*config].index(key)]) for key in ("variants", "out_dir"))
+of_groups, of_questions = (
+    dict(as_read[:[*config].index(key)], weights=find_models(model), crc32=asked)
+    for key in ("variants", "out_dir"))
 groups = kept_rows(f"{out_dir}/groups.jsonl", of_groups) or []
 done = kept_rows(f"{out_dir}/questions.jsonl", of_questions) or []
 engine = None
@@ -151,14 +155,13 @@ def measure(index):
     losses.set_weights([group], loss_norm, max_response_tokens)
     [unit] = model_utils.pack_units([group], tokens_per_micro_batch, device)
     old = Old(*ask(unit.batches), head, temperature)
-    right = group.correct  # (G,)
+    lengths, right = group.lengths, group.correct  # (G,)
     row = {"question": index, "problem": row["problem"], "p": right.mean()}
     for variant in variants:
         change = one_update(variant, group, old, unit)
         row[f"delta_{variant}"] = change[right].mean()
         row[f"incorrect_{variant}"] = change[~right].mean()
 
-    lengths = group.lengths
     tokens, correct = np.concatenate(group.responses), np.repeat(right, lengths)  # (n,)
     s = influence(old, tokens, correct, nthr_vocab)
     s_mean = influence(old, tokens, correct / np.repeat(lengths, lengths), nthr_vocab)

@@ -55,7 +55,7 @@ class Figures:
 
 
 def rollout_figures(groups, sampled, wasted, step, anchor_texts):
-    """Figures of a step's groups: accepted (trained on), and sampled in all; wasted: prompts.
+    """Figures of a step. groups: those trained on; sampled: all; wasted: prompts issued in vain.
     anchor_texts: {problem: {text: the step that it is of}}."""
     def of_rollouts(groups, field):  # demonstrations do not count
         return np.concatenate([[], *(np.array(getattr(g, field))[~g.is_anchor] for g in groups)])
@@ -87,8 +87,7 @@ def note_anchors(figures, group, old):
 
 
 def samples(groups, step, tokenizer, of_response):
-    """Rows of samples.jsonl; what they say of tokens is from the ranks that trained on them. All
-    ranks call. of_response: settings of response_advantages."""
+    """Rows of samples.jsonl, figures of tokens from the ranks that trained on them. All call."""
     mine = [(i, g.of_tokens.double().round(decimals=4).tolist()) for i, g in enumerate(groups)
             if g.of_tokens is not None]
     of_tokens = dict(sum(of_ranks(mine), []))
@@ -103,7 +102,7 @@ def samples(groups, step, tokenizer, of_response):
 
 
 def speed_figures(row, vllm_bytes):
-    """Speed, in tokens of all ranks, and memory of a step, on a GPU without the engine's bytes."""
+    """Tokens/s of all ranks; this rank's peak memory, on a GPU the step's less the engine's."""
     tokens = row["rollout/response_tokens"] + row["rollout/tokens_dropped"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():

@@ -118,7 +118,7 @@ def pack_units(groups, tokens_per_micro_batch, device="cpu"):
 
 
 def portions(sizes, room):
-    """Items of some sizes in runs of as many as fit into `room`, one at least: (first, stop)s."""
+    """Items of some sizes in runs that fit into `room`, one at least: (first, stop or None)s."""
     starts, used = [], np.inf
     for i, size in enumerate(sizes):
         if used + size > room:
@@ -130,8 +130,8 @@ def portions(sizes, room):
 
 def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     """This rank's share of an update's groups, which all ranks hold: a list of Unit, never empty.
-    moved: the weights will have moved when its turn comes, so all units are early. FSDP wants as
-    many forward passes on all ranks, before the weights move and after: fillers make up for it."""
+    moved: the weights will have moved when its turn comes, so all units are early. FSDP wants
+    equally many passes on all ranks, before the weights move and after: fillers see to it."""
     units = pack_units(deal(groups), tokens_per_micro_batch, device)
     passes = [sum(len(u.batches) for u in units if u.early == early) for early in (True, False)]
     most = np.max([(0, 1), *of_ranks(passes)], axis=0)  # of both kinds; one at least is not early
@@ -292,7 +292,7 @@ def head_rows(h, w, targets, temperature):
 
 @fused
 def head_errors(h, w, lse, grad, temperature):
-    """grad softmax(logits), (n, V) like h."""
+    """grad x softmax(logits), (n, V), h's dtype."""
     logits = head_logits(h, w, temperature)
     return logits.sub_(lse[:, None]).exp_().mul_(grad[:, None]).to(h.dtype)
 
@@ -449,7 +449,7 @@ def optimizer_step(net, optimizer, grad_clip):
     norm = full(torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip or torch.inf))
     if norm.isfinite():
         optimizer.step()
-    # new gradients would stand beside DDP's buckets, where these are
+    # a gradient made anew is outside DDP's buckets
     optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))
     return norm
 

@@ -42,7 +42,7 @@ def save_figure(fig, path):
 
 
 def read_runs(folders):
-    """{name: [rows of metrics.jsonl of each seed]}; the name are the settings that differ."""
+    """{name: [rows of metrics.jsonl of each seed]}; the name is the settings that differ."""
     configs, runs = [], []
     for folder in folders:
         with blame(f"{folder}: not a run with run_config.json and metrics.jsonl"):
@@ -51,20 +51,20 @@ def read_runs(folders):
     differ = [key for key in dict.fromkeys(key for config in configs for key in config)
               if key not in ("seed", "out_dir", "resume")
               and any(config.get(key) != configs[0].get(key) for config in configs)]
-    seeds = {}
+    curves = {}
     for config, rows in zip(configs, runs):
-        seeds.setdefault("\n".join(f"{key}={config.get(key)}" for key in differ), []).append(rows)
-    return seeds
+        curves.setdefault("\n".join(f"{key}={config.get(key)}" for key in differ), []).append(rows)
+    return curves
 
 
-def plot_runs(seeds, path):
-    """Draw the panels of which there are numbers. seeds: {name: [rows of metrics of each seed]},
-    as of read_runs; a curve for each name, with a band from the lowest to the highest seed."""
-    several = sum(map(len, seeds.values())) > 1
+def plot_runs(curves, path):
+    """Draw the panels of which there are numbers. curves: {name: [rows of metrics of each seed]},
+    see read_runs; a curve for each name, with a band from the lowest to the highest seed."""
+    several = sum(map(len, curves.values())) > 1
     points = []
     for title, keys in (line.split(": ") for line in PANELS.splitlines()):
         for key in keys.split()[:1 if several else None]:
-            for name, runs in seeds.items():
+            for name, runs in curves.items():
                 curve = f"{name}\n{len(runs)} seeds".strip() if several else key
                 points += [(title, curve, row["step"], row.get(key)) for row in sum(runs, [])]
     points = pd.DataFrame(points, columns=["panel", "curve", "step", "value"]).dropna()

@@ -1,9 +1,9 @@
 """From prompts to groups of graded responses: everything that touches vLLM.
 
-    engine = build_engine(model_dir, ...)       one vLLM engine a rank, on a GPU or a CPU
-    groups, ... = sample_batch(engine, ...)     training: groups with both outcomes, streaming
+    engine = build_engine(model, ...)           one vLLM engine a rank, on a GPU or a CPU
+    groups, ... = sample_batch(engine, ...)     training: groups with a signal, streaming
     groups = generate_all_ranks(engine, ...)    evaluation: a group for every problem
-    sync_weights(engine, hf_model)              the trainer's weights, before the next rollout
+    sync_weights(engine, model)                 the trainer's weights, before the next rollout
 
 Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a rollout again.
 Every response is sampled with a seed of its own, so it depends on nothing sampled beside it."""
@@ -16,8 +16,8 @@ from pathlib import Path
 from configurator import CORES, RANKS, die, is_rank0
 
 # Read by torch and vLLM when they are imported, so scripts import this module first. Threads on a
-# CPU: this rank's share of the cores, bound to none, and none that spins for long, since the two
-# take turns. vLLM in this process shares torchrun's process group, and its weights can be written.
+# CPU: this rank's share of the cores (torchrun says 1), bound to none, not spinning for long, since
+# the two take turns. vLLM in this process shares torchrun's process group; its weights are at hand.
 if "OMP_NUM_THREADS" not in os.environ or RANKS > 1 and os.environ["OMP_NUM_THREADS"] == "1":
     os.environ["OMP_NUM_THREADS"] = str(CORES)
 os.environ |= dict(
@@ -60,7 +60,7 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
 
 
 def make_groups(tokenizer, asked, *of_grader):
-    """Graded groups. asked: of each its row, prompt, seed and vLLM's finished outputs, a list."""
+    """Graded groups. asked: [(row, prompt, seed, vLLM's outputs)]; of_grader: see grade_all."""
     groups = []
     for row, prompt, seed, outs in asked:
         ids = [np.asarray(o.token_ids, dtype=np.int32) for o in outs]
@@ -102,7 +102,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     Prompts come in the data order, along which `position` (prompts, all ranks) counts. In work at
     once are `oversample` times the missing ones (inf: as many as fill the engines). Accepted are
     the first in the order of issue, whichever finished first, so that short responses are not
-    favoured; the rest is aborted, and its prompts, behind the new position, are met again. After
+    favoured; the rest is aborted, and its prompts, past the new position, are met again. After
     max_rounds x prompts_per_step prompts: what there is. Without dynamic_sampling every group is
     accepted. A response depends on seed, its prompt's position and number; greedy at temperature 0.
 
@@ -119,7 +119,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
     engines = dist.get_world_size() // tp
     mine, nth = divmod(dist.get_rank(), tp)  # this rank's engine, and which of its ranks it is
     room = engines * (core.vllm_config.scheduler_config.max_num_seqs // group_size + 1)
-    max_prompts = round(max_rounds * prompts_per_step)
+    max_prompts = max(1, round(max_rounds * prompts_per_step))
     order = data_order(position, max_prompts, len(prompts), seed) if shuffle else range(max_prompts)
     # vLLM counts a request's seeds on from the first: prompts are kept apart
     seeds = [(seed * 1_000_003 + position + i) % 2**47 * 2**16 for i in range(max_prompts)]
@@ -169,8 +169,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
             for _ in range(LOOK_EVERY):
                 for out in core.step() if core.has_unfinished_requests() else ():
                     finished[int(out.request_id)] = out.outputs
-            # grade; a GPU does not wait, on a CPU runs repeat to the bit
-            # all ranks of an engine have its outputs, the first grades
+            # grade on an engine's first rank; a GPU does not wait, a CPU's runs repeat to the bit
             grading.append(grader.submit(grade, {} if nth else finished))
             finished = {}
             waits = not (torch.cuda.is_available() and core.has_unfinished_requests())

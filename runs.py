@@ -103,8 +103,8 @@ def check_folder(path):
 
 
 STEPS = "step_" + "[0-9]" * 6
-LOGS = ("metrics.jsonl", "samples.jsonl", "right_answers.jsonl", "run_config.json")
-OURS = (*LOGS, "judge_*.jsonl", "curves.png", "report.html", "eval", "bad_step_*.pt", STEPS)
+CHANGING = ("metrics.jsonl", "samples.jsonl", "right_answers.jsonl", "run_config.json")
+OURS = (*CHANGING, "judge_*.jsonl", "curves.png", "report.html", "eval", "bad_step_*.pt", STEPS)
 
 
 def catch_signals(signals):
@@ -136,7 +136,7 @@ def lock_folder(out_dir):
 def open_run(out_dir, config, start=None):
     """Make the run's folder, with config as run_config.json; what changes goes to old_N/. Rank 0.
     start: the checkpoint that is resumed, (folder, state): settings that differ are printed, rows
-    that will come again leave metrics.jsonl and samples.jsonl. None: all of an earlier run goes."""
+    that will come again leave the .jsonl of CHANGING. None: all of an earlier run goes."""
     if start:
         before = read_config(start[0])
         for key, value in json.loads(json.dumps(config)).items():
@@ -151,7 +151,7 @@ def open_run(out_dir, config, start=None):
     for path in there:
         if start is None:
             os.rename(path, f"{old}/{os.path.basename(path)}")
-        elif path.endswith(LOGS):
+        elif path.endswith(CHANGING):
             shutil.copy(path, old)
             if path.endswith(".jsonl"):
                 rows = read_rows(out_dir, Path(path).stem)
@@ -169,7 +169,7 @@ def checkpoints(out_dir):
 
 
 def save_checkpoint(out_dir, state, model, tokenizer, optimizer, config):
-    """Write out_dir/step_NNNNNN aside and rename it, then delete all but the newest. All call.
+    """Write out_dir/step_NNNNNN aside and rename it, then keep the newest. All ranks call.
     state: JSON-able, "step" and the data's "position". model: the Hugging Face model."""
     def gather(x):  # on all ranks, kept by the first
         x = full(x.detach())

@@ -277,7 +277,7 @@ def evaluate(step):
 # ---- the loop ------------------------------------------------------------------------------------
 
 bad_steps = 0  # in a row
-signals = []   # to end
+signals = []   # (number, time)
 evaluated = data.of_ranks([r["step"] for r in runs.read_rows(out_dir) if "eval/accuracy" in r])[0]
 runs.catch_signals(signals)
 while True:
@@ -322,9 +322,9 @@ while True:
         updates.append(model_utils.pack_update(live, tokens_per_micro_batch, bool(updates), device))
 
     # ---- old policy: units of later updates, and of groups that are cut, get a pass of their own
-    # before the weights move; of the others the training pass says it
+    # before the weights move; for the others it is the training pass
     units, head = sum(updates, []), None
-    if variant in advantages.SCORED:  # whole, and of the weights as they are
+    if variant in advantages.SCORED:  # whole; read before the weights move
         head = model_utils.full(policy.model.get_output_embeddings().weight.detach())  # (V, d)
     with torch.no_grad():
         for unit in units:

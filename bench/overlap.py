@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from advantages import as_many
 from configurator import die
 from eval import bootstrap, table
 from runs import write_whole
@@ -22,13 +24,14 @@ def of_question(row, nthr_beta):
     """One question's {(what, a, b): number} of a row of questions.jsonl."""
     flat = {key: np.concatenate(row[key]) for key in ("s", "thr", "entropy", "surprisal")}
     nthr = np.concatenate(row["selected_tokens"]).astype(bool)  # (n,)
-    wrong = np.repeat([not right for right in row["correct"]], [len(x) for x in row["s"]])
+    lengths = [len(x) for x in row["s"]]
+    wrong = np.repeat([not right for right in row["correct"]], lengths)
     # THR has the scores' means with 1 / length, of incorrect tokens with the other sign
     tau = nthr_beta * min(np.mean(x) for x, right in zip(row["thr"], row["correct"]) if right)
     picked = {"nthr": nthr, "thr < 0": wrong & (-flat["thr"] > tau)}
     chance = np.random.default_rng(row["question"]).random(len(wrong))
     for name, by in dict(entropy=flat["entropy"], logp=flat["surprisal"], random=chance).items():
-        picked[name] = as_many(row["selected_tokens"], by)
+        picked[name] = as_many(*map(torch.from_numpy, (nthr, by)), lengths).numpy()
     scores = {"s": flat["s"], "-thr": -flat["thr"], "entropy": flat["entropy"],
               "-logp": flat["surprisal"]}
     scores = pd.DataFrame({name: x[wrong] for name, x in scores.items()})
@@ -38,13 +41,6 @@ def of_question(row, nthr_beta):
         either = (picked[a] | picked[b]).sum()  # NTHR may select nothing
         found["jaccard", a, b] = (picked[a] & picked[b]).sum() / either if either else np.nan
     return found
-
-
-def as_many(selected, by):
-    """As many tokens of each response as are selected there, those with most of `by` (n,)."""
-    parts = np.split(by, np.cumsum([len(x) for x in selected])[:-1])
-    return np.concatenate([(-part).argsort(kind="stable").argsort() < sum(chosen)
-                           for part, chosen in zip(parts, selected)])
 
 
 def overlap(path):

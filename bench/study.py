@@ -11,7 +11,7 @@ After all runs one engine asks their last checkpoints problems that no run has m
 times at temperature 1, and the log-likelihood of the start model's own right answers is taken: what
 [NTHR] says a penalty on wrong answers takes away. All that a table needs of a run is then a line of
 docs/study/GROUND.jsonl, and the run is not made again. Files of several machines can be joined;
-START is the sum of the start model's weights: only runs from the very same ones are compared.
+START is a checksum of the start model's weights: only runs from the same ones are compared.
 
 Intervals: 95%, bootstrap over seeds and problems together: seeds are drawn anew, and problems, the
 same ones for both methods. With one seed it says nothing of another seed.
@@ -49,7 +49,7 @@ sampled_problems = 128        # the first of them, asked 8 times at temperature 
 against = "grpo"              # the method that the others are compared with
 out_dir = "out/study"         # of runs and pictures
 results = "docs/study"        # of what is kept
-extra = ""                    # further flags of every train.py, with spaces between
+extra = ""                    # more flags of train.py, with spaces; known runs are not made again
 
 FIRST = ["grpo", "pos_only", "random", "nthr"]
 METHODS = {
@@ -74,8 +74,8 @@ DAGRPO = dict(anchor_share=(0.0, 0.25, 0.5), judge_noise=(1.0, 3.0), judge=("ran
               delta=(1, 5, "q0.25", "q0.5"), demos=("self",))
 METHODS |= {f"{key}={value}": ["--variant=dagrpo", f"--{key}={value}"]
             for key, values in DAGRPO.items() for value in values}
-# what its masks cost: do right responses pay it (no wrong one has an advantage), do small gradients
-# (all are cut to one norm, which none is below)
+# why its masks cost: is it right responses (wrong ones have no advantage then), or small gradients
+# (all are then cut to one norm, which none is below)
 WHY = dict(right_alone="--neg_weight=0.0", one_norm="--grad_clip=0.05")
 METHODS |= {f"{method}_{name}": [f"--variant={method}", flag]
             for method in ("grpo", "dagrpo") for name, flag in WHY.items()}
@@ -89,7 +89,7 @@ GROUNDS = {
     "late": ("config/study_late.py", "addition", "out/study/start_late/step_000022",
              ["config/quickstart.py", "--out_dir=out/study/start_late"]),
 }
-# of a step, what the tables and pictures show
+# figures of a step that are kept of a run
 KEPT = ["step", "eval/accuracy", "reward/accuracy", "train/entropy", "train/grad_norm",
         "train/clip_fraction", "rollout/mean_length", "rollout/truncated", "rollout/groups_kept",
         "displacement/mean", "displacement/fell", "nthr/selected", "nthr/eta",
@@ -105,7 +105,7 @@ def run_script(*args):
 
 
 def make_run(ground, start, method, seed):
-    """Train a cell, or the rest of it: the folder of the run."""
+    """Train a run, or the rest of it; returns its folder. start: the checksum."""
     folder = f"{out_dir}/{ground}_{start}/{method}_{seed}"
     if not os.path.exists(f"{folder}/done"):
         resume = ["--resume"] * bool(newest_checkpoint(folder))
@@ -183,55 +183,55 @@ def read_rows(ground):
 
 def train_missing(ground, chosen, of_seeds):
     """Make the runs that are missing: (start, [(method, seed), ...] that are to be asked)."""
-    _, _, start, leaves_start = GROUNDS[ground]
+    _, _, folder, leaves_start = GROUNDS[ground]
     rows = read_rows(ground)
     cells = [(method, seed) for seed in of_seeds for method in chosen]
-    for known in dict.fromkeys(of_row for *_, of_row in rows):
-        if all((*cell, known) in rows for cell in cells):
-            return known, []
-    if leaves_start and not os.path.exists(start):
+    for start in dict.fromkeys(of_row for *_, of_row in rows):
+        if all((*cell, start) in rows for cell in cells):
+            return start, []
+    if leaves_start and not os.path.exists(folder):
         run_script("train.py", *leaves_start)
-    if not os.path.exists(start):
-        die(f"grounds: {start}, from which {ground} starts, is not there: make setup")
-    known, took = checksum(f"{start}/model.safetensors")[:12], []
-    missing = [cell for cell in cells if (*cell, known) not in rows]
+    if not os.path.exists(folder):
+        die(f"grounds: {folder}, from which {ground} starts, is not there: make setup")
+    start, took = checksum(f"{folder}/model.safetensors")[:12], []
+    missing = [cell for cell in cells if (*cell, start) not in rows]
     for i, cell in enumerate(missing, 1):
         began = time.time()
-        make_run(ground, known, *cell)
+        make_run(ground, start, *cell)
         took.append(time.time() - began)
         left = len(missing) - i
         print(f"{ground}: {took[-1]:.0f} s; {left} runs left, about "
               f"{left * statistics.median(took) / 60:.0f} minutes", flush=True)
-    return known, missing
+    return start, missing
 
 
-def keep_answers(engine, ground, known, cells, asked):
+def keep_answers(engine, ground, start, cells, asked):
     """Ask the last checkpoints of runs, and the start model, if it was not; keep a line of each."""
     rows = read_rows(ground)
-    if ("before", 0, known) not in rows:
+    if ("before", 0, start) not in rows:
         cells = [("before", 0), *cells]
     for method, seed in cells:
-        row = dict(method=method, seed=seed, start=known, date=time.strftime("%Y-%m-%d"))
+        row = dict(method=method, seed=seed, start=start, date=time.strftime("%Y-%m-%d"))
         if method == "before":
             row["answers"], figures = ask(engine, GROUNDS[ground][2], asked)
         else:
-            folder = make_run(ground, known, method, seed)
-            answers = {int(i): ids for i, ids in rows["before", 0, known]["answers"].items()}
+            folder = make_run(ground, start, method, seed)
+            answers = {int(i): ids for i, ids in rows["before", 0, start]["answers"].items()}
             _, figures = ask(engine, Path(f"{folder}/done").read_text(), asked, answers)
             row["metrics"] = [{key: r[key] for key in KEPT if key in r}
                               for r in runs.read_rows(folder)]
-        rows[method, seed, known] = row | figures
+        rows[method, seed, start] = row | figures
         write_jsonl(f"{results}/{ground}.jsonl", rows.values())
 
 
-def difference(a, b, draws=4000):
+def difference(a, b):
     """[mean, low, high] of a - b (seeds, problems), both drawn anew, and its standard error. nan
     is left out."""
     rng, d = np.random.default_rng(0), np.array(a) - np.array(b)
     seeds, problems = d.shape
     draw = rng.integers
     means = [np.nanmean(d[draw(seeds, size=seeds)][:, draw(problems, size=problems)])
-             for _ in range(draws)]
+             for _ in range(4000)]
     return [np.nanmean(d), *np.quantile(means, (0.025, 0.975))], float(np.std(means))
 
 
@@ -284,7 +284,7 @@ def tabulate(ground):
                 *np.array([(a[key], b[key]) for a, b in pairs], float).swapaxes(0, 1))
             cells.append(f"{k * mean:+.2f} ({k * low:+.2f} to {k * high:+.2f})")
             if key == "greedy":
-                visible = f"{280 * error:.1f}"  # found in four of five such studies
+                visible = f"{280 * error:.1f}"  # 2.8 errors in %: 80% power at 5%
         gains.append([method, str(len(pairs)), *cells, visible])
     text = f"{table(values)}\n{table(gains)}\n{table(mechanism)}"
     check_folder(out_dir)
@@ -311,8 +311,8 @@ if __name__ == "__main__":
             context = max(max(map(len, prompts)) + tokens for *_, prompts, tokens in asked.values())
             model_utils.setup_distributed()
             engine = rollout.build_engine(GROUNDS[[*made][0]][2], context, 0, "auto")
-            for ground, (known, cells) in made.items():
-                keep_answers(engine, ground, known, cells, asked[ground])
+            for ground, (start, cells) in made.items():
+                keep_answers(engine, ground, start, cells, asked[ground])
     for ground in chosen_grounds:
         if read_rows(ground):
             tabulate(ground)
