@@ -14,6 +14,7 @@ import copy
 import itertools
 import json
 import zlib
+from pathlib import Path
 
 from rollout import build_engine, sample_batch, sleep_engine, sync_weights  # before torch
 
@@ -30,7 +31,7 @@ import model_utils
 from advantages import VARIANTS, Old, gwhes, influence, threshold
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
-from eval import bootstrap, find_models, kept_rows, table
+from eval import bootstrap, kept_rows, table
 from plot import save_figure, subplots, write_page
 from runs import check_folder, write_jsonl, write_whole
 
@@ -92,10 +93,10 @@ world_size = dist.get_world_size()
 
 as_read = [*json.loads(json.dumps(config)).items()]  # a file has lists for tuples
 asked = zlib.crc32(repr([*zip(problems, map(bytes, prompts))]).encode())
+files = {file.name: file.stat().st_mtime for file in Path(model).glob("*.*")}  # of a folder
 # the settings above `variants`, and those above `out_dir`
 of_groups, of_questions = (
-    dict(as_read[:[*config].index(key)], weights=find_models(model), crc32=asked)
-    for key in ("variants", "out_dir"))
+    dict(as_read[:[*config].index(k)], files=files, asked=asked) for k in ("variants", "out_dir"))
 groups = kept_rows(f"{out_dir}/groups.jsonl", of_groups) or []
 done = kept_rows(f"{out_dir}/questions.jsonl", of_questions) or []
 engine = None
@@ -116,9 +117,8 @@ if not groups:
     if is_rank0():
         write_jsonl(f"{out_dir}/groups.jsonl", [of_groups, *groups])
 
-# ---- one update a question and variant -----------------------------------------------------------
+# ---- one update a question and variant, in float32: bfloat16 rounds small changes away -----------
 
-# in float32: bfloat16 rounds small changes away
 policy = model_utils.load_policy(model, torch.float32, device, activation_checkpointing).train()
 theta = copy.deepcopy(policy.state_dict())
 head = policy.model.get_output_embeddings().weight.detach()  # (V, d)

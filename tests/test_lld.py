@@ -1,6 +1,10 @@
 """lld.py as a user runs it; what it finds, computed again from the token ids with transformers."""
 import json
+import runpy
 import shutil
+import sys
+
+import rollout
 
 import numpy as np
 import pytest
@@ -126,10 +130,18 @@ def test_summary_pictures_and_page(out):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on(run, out, tmp_path):
+def test_a_stopped_run_goes_on(run, out, tmp_path, monkeypatch):
     cut = shutil.copytree(out, tmp_path / "cut")
     settings, first, _ = (out / "questions.jsonl").read_text().splitlines(keepends=True)
     (cut / "questions.jsonl").write_text(settings + first)
     assert "both outcomes" not in run(*ARGS, f"--out_dir={cut}").stdout  # not sampled again
     for name in ("groups.jsonl", "questions.jsonl", "tokens.html"):
         assert (cut / name).read_text() == (out / name).read_text()
+    # samples of other weights are kept aside, and all are drawn anew
+    groups = (cut / "groups.jsonl").read_text()
+    (cut / "groups.jsonl").write_text(groups.replace('"files": {', '"files": {"x": 0, ', 1))
+    monkeypatch.setattr(rollout, "build_engine", lambda *args: sys.exit("an engine"))
+    monkeypatch.setattr("sys.argv", [*ARGS, f"--out_dir={cut}"])
+    with pytest.raises(SystemExit, match="an engine"):
+        runpy.run_path("lld.py", run_name="__main__")
+    assert (cut / "groups.jsonl.old_1").exists()
