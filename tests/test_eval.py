@@ -83,6 +83,7 @@ def test_a_run_is_asked_as_it_was_trained(tmp_path, model_dir, monkeypatch):
     assert own["data"] == "sums" and "Hi" in tokenizer.decode(prompts[0]) and len(prompts) == 5
     assert own["max_response_tokens"] == 33 and own["temperature"] == 0 and own["n"] == 1
     assert own["reward"] == f"{mine}:score" and own["reward_seconds"] == 5
+    assert own["dtype"] == "auto"
     mine.write_text("def score(text, row):\n    return 0\n")
     [(changed, *_)] = evaluation.plan(model, tokenizer, 8192, GIVEN)
     assert own == changed | {"crc32": own["crc32"]} != changed

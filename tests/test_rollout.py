@@ -123,6 +123,7 @@ def test_dynamic_sampling_accepts_in_order(world, monkeypatch):
 
     everything, sampled, _, wasted = batch(18, dynamic_sampling=False)
     assert len(sampled) == 18 == len({g.seed for g in everything}) and wasted == 0
+    assert len(batch(4, prompts=0.1)[1]) == 1  # one prompt at least
     assert [g.row for g in everything] == [ROWS[i] for i in data.data_order(3, 18, 7, 7)]
     mixed = [i for i, g in enumerate(everything) if 0 < g.reward.mean() < 1]
     for want, *how in ((1, 4.0), (4, 1.0), (3, np.inf, 8)):
