@@ -56,7 +56,7 @@ def pass_at_k(correct, k):
 
 
 def bootstrap(sets, seed=0):
-    """[mean over sets of their means, low, high]: with its 95% interval, problems drawn anew. sets:
+    """[mean over sets of their means, low, high]: its 95% interval, problems drawn anew. sets:
     for each the values of its problems (P,)."""
     rng = np.random.default_rng(seed)
     means = [np.concatenate([rng.choice(values, (100, len(values))).mean(1) for _ in range(100)])
