@@ -23,11 +23,8 @@ VARIANTS = ("grpo", "pos_only", "random", "nthr", "spare_entropy", "spare_logp",
             "entropy_top", "dagrpo")
 SCORED = ("random", "nthr", "spare_entropy", "spare_logp", "thr")  # those that read old.head
 
-# what NTHR leaves of a selected token's advantage, by the group's success rate p: [NTHR] section 5
-ETAS = {"2|0.5-p|": lambda p: 2 * abs(0.5 - p), "p": lambda p: p, "1-p": lambda p: 1 - p}
-ETAS[None] = ETAS["2|0.5-p|"]
 CHOICES = dict(  # of settings: the values that they may have, or their types
-    variant=VARIANTS, nthr_eta=(*ETAS, float), nthr_vocab=("response", "full"),
+    variant=VARIANTS, nthr_eta=(None, "p", "1-p", float), nthr_vocab=("response", "full"),
     advantage_norm=("std", "mean", "sign"))
 
 
@@ -89,7 +86,7 @@ def token_advantages(variant, group, old, advantage_norm="std", nthr_beta=1.0, n
     if variant == "pos_only":
         advantage = advantage.clip(min=0)
     if variant == "dagrpo":
-        unweighted = group_advantages(group.reward, advantage_norm)
+        unweighted = group_advantages(group.reward, advantage_norm)  # a weight may be 0
         advantage = advantage * dagrpo_masks(group.score, unweighted, delta, figures)
     A = to_device(np.repeat(advantage, lengths), old.logp)  # (n,)
 
@@ -117,9 +114,10 @@ def token_advantages(variant, group, old, advantage_norm="std", nthr_beta=1.0, n
             by = {"random": draws.to(A.device, non_blocking=True), "spare_entropy": old.entropy,
                   "spare_logp": -old.logp}[variant]
             selected = as_many(selected, by, lengths)
-        p = group.correct.mean()
-        eta = ETAS[nthr_eta](p) if nthr_eta in ETAS else nthr_eta
-        A = torch.where(selected, (0.0 if variant == "random" else eta) * A, A)
+        p = group.correct.mean()  # eta of it: [NTHR] section 5
+        eta = {None: 2 * abs(0.5 - p), "p": p, "1-p": 1 - p}.get(nthr_eta, nthr_eta)
+        eta = 0.0 if variant == "random" else eta
+        A = torch.where(selected, eta * A, A)
         if figures:
             figures.mean("nthr/selected", selected, where=wrong)
             if correct.any():

@@ -20,6 +20,7 @@ import traceback
 
 RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))   # of this machine
 CORES = max(1, len(os.sched_getaffinity(0)) // RANKS)  # a rank's share of the machine's
+FUNCTIONS = ("dataset", "eval_dataset", "prompt", "reward")  # settings that may be functions
 
 
 def is_rank0():
@@ -46,7 +47,7 @@ def blame(what, file=None):
     user's, was at, the error."""
     try:
         yield
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # sys.exit() in the user's file is an error, too
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
         line = f", line {lines[-1]}" if lines else ""
         die(f"{what}{line}: {type(e).__name__}: {e}")
@@ -83,14 +84,14 @@ def _unknown(key, known, where):
 def _run_file(path, settings, defaults):
     """Override settings by those of a config file, which sees them as they are so far."""
     scope = dict(settings, __file__=path)
-    with blame(f"config file {path}", path), open(path, encoding="utf-8") as f:
+    with blame(f"config file {path}", path), open(path, encoding="utf-8-sig") as f:
         tree = ast.parse(f.read(), path)
         exec(compile(tree, path, "exec"), scope)
     lines = {n.id: n.lineno for n in ast.walk(tree)
              if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for key, value in scope.items():
         where = f"config file {path}, line {lines.get(key, '?')}"
-        if inspect.isfunction(value):
+        if inspect.isfunction(value) and key in FUNCTIONS:
             value = f"{value.__code__.co_filename}:{value.__name__}"
         if key in settings:
             settings[key] = _checked(key, value, defaults[key], where)
@@ -112,8 +113,6 @@ def configure(script_globals, argv=None):
     if argv is None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a script without a traceback
         argv = sys.argv[1:]
-    with blame(f"command line: {argv!r}"):
-        "".join(argv).encode()  # bytes that are not UTF-8 do not encode
     defaults = {key: value for key, value in script_globals.items() if key[0].islower()
                 and isinstance(value, int | float | str | tuple | None)}  # a bool is an int
     if {"-h", "--help"} & {*argv}:
@@ -124,6 +123,8 @@ def configure(script_globals, argv=None):
     while argv:
         word, *argv = argv
         if not word.startswith("--"):
+            if not word.endswith(".py"):
+                die(f"command line: {word!r} is neither a --flag nor a config file, NAME.py")
             _run_file(word, settings, defaults)
             continue
         key, has_value, text = word[2:].partition("=")
@@ -133,14 +134,14 @@ def configure(script_globals, argv=None):
         default = defaults[key]
         if has_value:
             value = _parse(text, default)
-        elif default == ():  # `--key a b`: all words up to the next flag
-            value = ()
-            while argv and not argv[0].startswith("--"):
-                value += (argv.pop(0),)
         elif isinstance(default, bool) and (not argv or argv[0].lower() not in ("true", "false")):
             value = True  # bare, not `--key false`
         elif not argv or argv[0].startswith("--"):
             die(f"command line: --{key} needs a value")
+        elif default == ():  # `--key a b`: all words up to the next flag
+            value = ()
+            while argv and not argv[0].startswith("--"):
+                value += (argv.pop(0),)
         else:
             value = _parse(argv.pop(0), default)
         flags[key] = _checked(key, value, default, "command line")
@@ -162,7 +163,6 @@ def check(settings, known, ranges, infinite="", optional={}):
     item of a setting that is a tuple may be}. ranges: {"> 0": keys with spaces between, ...}, of
     numbers. infinite: keys that may be. optional: {type: keys that may be None or of that type
     (float admits int), ...}."""
-    types = {float: "a number", int: "a whole number", str: "a text", tuple: "a pair"}
     for kind, keys in optional.items():
         known = known | dict.fromkeys(keys.split(), (None, kind))
     for key in known.keys() & settings.keys():
@@ -170,14 +170,16 @@ def check(settings, known, ranges, infinite="", optional={}):
         for value in settings[key] if isinstance(values, list) else (settings[key],):
             kind = type(value)  # a whole number is a number, too
             if not (value in values or kind in values or kind is int and float in values):
-                names = ", ".join(types.get(v, str(v)) for v in values)
+                names = ", ".join(getattr(v, "__name__", str(v)) for v in values)
                 die(f"{key}: {value!r} is none of {names}")
     for key, value in settings.items():
         if isinstance(value, float) and (math.isnan(value) or
                                          math.isinf(value) and key not in infinite.split()):
             die(f"{key}: {value} is not a finite number")
-    if settings.get("reward"):
-        load_function(settings["reward"], "reward")
+    if reward := settings.get("reward"):
+        function = load_function(reward, "reward")
+        with blame(f"reward: {reward} does not take (text, row)"):
+            inspect.signature(function).bind("", {})
     holds = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
     for bound, keys in (*ranges.items(), (">= 0", "seed"), ("< 4294967296", "seed"), ("> 0", "tp")):
         sign, limit = bound.split()

@@ -65,9 +65,9 @@ def mixed(group):
 
 
 def accuracy(groups, of="correct"):
-    """Mean over groups of their rollouts' mean "correct" (a share) or "reward"; nan of none."""
+    """Mean over groups of their rollouts' mean "correct" (a share) or "reward"."""
     shares = [getattr(g, of)[~g.is_anchor].mean() for g in groups]
-    return float(np.mean(shares)) if groups else np.nan
+    return float(np.mean(shares))
 
 
 def of_ranks(value):
@@ -106,10 +106,8 @@ def load_problems(name, split, key="dataset", data_dir="data"):
     path = f"{data_dir}/{file}.jsonl" if file else name
     if os.path.isfile(path):
         return _read_problems(path, key)
-    known = f"`python bench/get_data.py {name}` fetches it"
-    if not file:
-        known = f"and {split} sets are {[n for n, s in SETS if s == split] + [*MADE]}"
-    die(f"{key}: there is no file {path}; {known}")
+    die(f"{key}: there is no file {path}; {split} sets are {[*MADE]} and, after bench/get_data.py, "
+        f"{[n for n, s in SETS if s == split]}")
 
 
 def _read_problems(path, key, second="answer", lines=None):
@@ -294,8 +292,9 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
         prompts = [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
     lengths = list(map(len, prompts))
     if max(lengths) > room:
-        die(f"{key}: problem {lengths.index(max(lengths)) + 1}: its prompt has {max(lengths)} "
-            f"tokens; beside a response the model's context has room for {room}")
+        worst = lengths.index(max(lengths))
+        die(f"{key}: problem {worst + 1}, {problems[worst]['problem'][:40]!r}: {max(lengths)} tokens"
+            f" of prompt; beside a response the model's context has room for {room}")
     return prompts
 
 

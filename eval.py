@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 -- eval.py --n=8 --temperature=1 --tp=2   `--`: torchrun has --n
     python eval.py --compare a.jsonl b.jsonl    two models' responses to the same problems
 
-Results are in eval/ beside a run's checkpoints, else in out/eval/: results.md and .json, and for
-each model and set a file of responses, not made again. A run is asked as it was trained."""
+Results are in eval/ beside a run's checkpoints, else in out/eval/: results.md and .json of the last
+call, and for each model and set responses, not made again. A run is asked as it was trained."""
 import contextlib
 import json
 import math
@@ -38,7 +38,7 @@ max_problems = None           # the first so many of each set; None: all, or as 
 system_prompt = None          # None: as in training, else the set's own
 prompt = None                 # likewise, see train.py
 reward = None                 # likewise
-seed = 0                      # of sampling; the number of ranks changes nothing
+seed = 0                      # of sampling; the number of ranks changes rounding alone
 out_dir = None                # None: eval/ beside a run's checkpoints, out/eval for other models
 compare = ()                  # two files of responses: compare them and do nothing else
 dtype = "auto"                # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
@@ -88,7 +88,7 @@ def compare_files(*paths):
         a, b = solved
     except Exception as e:  # of many kinds, since it may be any file
         die(f"compare: two files of responses are needed; {path}: {e!r}")
-    both = [(a[problem], b[problem]) for problem in sorted(a) if problem in b]
+    both = [(a[problem], b[problem]) for problem in a if problem in b]
     if not both:
         die(f"compare: no problem is in both {' and '.join(paths)}")
     x, y = np.array(both).T
@@ -105,10 +105,8 @@ def find_models(ckpt):
     here, models = Path(ckpt).absolute(), {}
     if not here.is_dir():
         return {ckpt: None}
-    folders = [here]
-    if not (here / "config.json").exists():
-        folders = sorted(here.glob("step_??????")) or sorted(here.glob("*/step_??????"))
-    for folder in folders:
+    folders = [here] if (here / "config.json").exists() else sorted(here.glob("step_??????"))
+    for folder in folders or sorted(here.glob("*/step_??????")):
         try:
             if (folder / "trainer_state.json").exists():
                 check_checkpoint(folder, unread=["optimizer.pt"])
@@ -141,14 +139,19 @@ def plan(model, tokenizer, room, given):
         longest = max(map(len, prompts))
         context = min(room, longest + how["max_response_tokens"])
         how["max_response_tokens"] = context - longest
-        # responses to other prompts, or graded by other rules, are not these
-        asked = json.dumps(problems).encode() + np.concatenate(prompts).tobytes()
-        if how.get("reward"):
-            load_function(how["reward"], "reward")  # or a line that says what is wrong
-            asked += Path(how["reward"].rpartition(":")[0]).read_bytes()
         settings = model | settings_for(generate_all_ranks, how)
-        settings |= dict(data=name, dtype=dtype, context=context, crc32=zlib.crc32(asked))
+        settings |= dict(data=name, dtype=dtype, context=context,
+                         crc32=checksum_asked(problems, prompts, how.get("reward")))
         yield settings, tokenizer, problems, prompts
+
+
+def checksum_asked(problems, prompts, reward):
+    """A checksum: responses to other prompts, or graded by other rules, are others."""
+    asked = json.dumps(problems).encode() + np.concatenate(prompts).tobytes()
+    if reward:
+        load_function(reward, "reward")  # or a line that says what is wrong
+        asked += Path(reward.rpartition(":")[0]).read_bytes()
+    return zlib.crc32(asked)
 
 
 # ---- results: files of responses, a line with the settings, then one for each problem; tables ----
@@ -221,8 +224,8 @@ if __name__ == "__main__":
     jobs, first = [], None
     for folder, weights in models.items():
         tokenizer, hf_config = load_tokenizer(folder, tp, "ckpt")
-        kind = hf_config.to_dict()
-        kind |= dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
+        ours = dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
+        kind = hf_config.to_dict() | ours
         first = first or kind
         if kind != first:
             die(f"ckpt: {folder} is another kind of model than the first; evaluate it by itself")

@@ -150,7 +150,7 @@ def work():
             verdict = float(score(*asked))
             assert 0 <= verdict <= 1, f"{verdict} is not from 0 to 1"
         except BaseException as e:  # the parsers raise everything
-            verdict = f"{type(e).__name__}: {e}"
+            verdict = " ".join(f"{type(e).__name__}: {e}".split())
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_PROF, 0)
         clear_cache()

@@ -14,6 +14,7 @@ import numpy as np
 import openai
 import torch.distributed as dist
 
+from advantages import group_advantages
 from configurator import die
 from data import RIGHT, chat, share_out
 from grader import last_boxed
@@ -169,12 +170,14 @@ def draws(group, seed):
     return [np.random.default_rng([seed, int(key, 16)]) for key in keys]
 
 
-def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, seed=0, cache=None,
-                    out_dir=None, on_full_disk="stop"):
-    """Set the score (G,) of the groups that have a demonstration by a local judge or an address.
+def judge_all_ranks(groups, judge, judge_model=None, judge_noise=0.0, advantage_norm="std", seed=0,
+                    cache=None, out_dir=None, on_full_disk="stop"):
+    """Set the score (G,) of the groups that have a demonstration by a local judge or an address;
+    those whose responses all have one advantage need none.
     All ranks hold all groups, each asks about a share. A server's scores are kept in `cache` and a
     file of out_dir. judge_noise: standard deviation, points; scores stay in [1, 10]. Counts:
     different responses judged, groups without masks for lack of a score, or of a demonstration."""
+    groups = [g for g in groups if np.ptp(group_advantages(g.reward, advantage_norm))]
     shown = [g for g in groups if g.row.get("solution")]
     if judge == "rubric":
         scores = [map(partial(rubric_score, g.row), g.texts, g.reward, g.truncated) for g in shown]

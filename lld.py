@@ -13,7 +13,6 @@ tokens. Stopped and started again, it goes on; other settings of the update keep
 import copy
 import itertools
 import json
-import zlib
 from pathlib import Path
 
 from rollout import build_engine, sample_batch, sleep_engine, sync_weights  # before torch
@@ -31,7 +30,7 @@ import model_utils
 from advantages import VARIANTS, Old, gwhes, influence, threshold
 from configurator import check, configure, die, is_rank0, print0, settings_for
 from data import Group, encode_prompts, load_problems, load_tokenizer, share_out
-from eval import bootstrap, kept_rows, table
+from eval import bootstrap, checksum_asked, kept_rows, table
 from plot import save_figure, subplots, write_page
 from runs import check_folder, write_jsonl, write_whole
 
@@ -72,9 +71,10 @@ config = configure(globals())
 
 check(
     config, advantages.CHOICES | losses.CHOICES | dict(variants=_measured, split=("train", "test")),
-    {"> 0": "questions max_response_tokens max_rounds oversample temperature learning_rate "
+    {"> 0": "questions max_response_tokens max_rounds oversample learning_rate "
             "tokens_per_micro_batch entropy_share gpu_memory_utilization",
-     ">= 0": "grad_clip", ">= 2": "group_size", "<= 1": "entropy_share gpu_memory_utilization"},
+     ">= 0": "grad_clip", ">= 0.01": "temperature", ">= 2": "group_size",
+     "<= 1": "entropy_share gpu_memory_utilization"},
     infinite="nthr_beta oversample grad_clip", optional={str: "system_prompt prompt reward"})
 if "grpo" not in variants:
     die("variants: grpo is what the others are compared with")
@@ -92,7 +92,7 @@ world_size = dist.get_world_size()
 # ---- questions with both outcomes, sampled once and kept -----------------------------------------
 
 as_read = [*json.loads(json.dumps(config)).items()]  # a file has lists for tuples
-asked = zlib.crc32(repr([*zip(problems, map(bytes, prompts))]).encode())
+asked = checksum_asked(problems, prompts, reward)
 files = {file.name: file.stat().st_mtime for file in Path(model).glob("*.*")}  # of a folder
 # the settings above `variants`, and those above `out_dir`
 of_groups, of_questions = (

@@ -27,7 +27,7 @@ def held_memory(config, ranks, parallel, compute_bytes, reference, lora_rank):
 def vllm_share(device, held):
     """The share of a GPU that is left for vLLM; too little ends the program."""
     card = torch.cuda.get_device_properties(device).total_memory / 2**30
-    left = card - 3 - sum(held.values())  # GiB: CUDA context, vLLM's graphs, fragments
+    left = card - 3 - sum(held.values())  # GiB: CUDA context, communicators, fragments
     parts = ", ".join(f"{part} {x:.1f}" for part, x in held.items())
     print0(f"memory, GiB of {card:.0f}: vLLM {left:.1f}, training: {parts}")
     if left < 1:

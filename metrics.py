@@ -1,6 +1,7 @@
 """What a step leaves to be read: figures, measured where they arise, seconds, a line."""
 import resource
 import time
+from collections import defaultdict
 from functools import partialmethod
 
 import numpy as np
@@ -142,14 +143,11 @@ def find_alarms(row, rows):
     return [f"{key}: {text}" for key, text in due.items() if not any(key in r for r in rows)]
 
 
-# the printed line: label, key, format. All other figures are in metrics.jsonl
-LINE = (("accuracy", "reward/accuracy", ".3f"), ("groups", "rollout/groups_kept", "d"),
-        ("length", "rollout/mean_length", ".1f"), ("entropy", "train/entropy", ".3f"),
-        ("grad", "train/grad_norm", ".2f"), ("gap", "gap/max", ".0e"),
-        ("update", "time/update", ".1f"), ("step", "time/step", ".1f"))
-
-
 def step_line(row, steps):
-    """A step's figures as train.py prints them, at most 120 columns; steps: how many in all."""
-    return f"step {row['step']}/{steps}: " + ", ".join(
-        f"{label} {row[key]:{form}}" for label, key, form in LINE if key in row)
+    """What train.py prints of a step, at most 120 columns; steps: how many in all. All other
+    figures are in metrics.jsonl."""
+    row = defaultdict(lambda: np.nan, row)  # a step without groups has no train/ and gap/
+    return (f"step {row['step']}/{steps}: accuracy {row['reward/accuracy']:.3f}, groups "
+            f"{row['rollout/groups_kept']}, length {row['rollout/mean_length']:.1f}, entropy "
+            f"{row['train/entropy']:.3f}, grad {row['train/grad_norm']:.2f}, gap "
+            f"{row['gap/max']:.0e}, update {row['time/update']:.1f}, step {row['time/step']:.1f}")

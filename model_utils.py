@@ -142,7 +142,7 @@ def pack_update(groups, tokens_per_micro_batch, moved, device="cpu"):
     return units
 
 
-NOTHING = Group({}, np.zeros(1), [], [], [], np.zeros(0))  # a filler's
+NOTHING = Group({}, np.zeros(2), [], [], [], np.zeros(0))  # a filler; 1 token compiles anew
 
 
 def deal(groups):
@@ -394,6 +394,8 @@ def check_model(path, config):
         head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         odd.append("a bias of the head")
+    if os.path.isdir(path) and not any(f.endswith(".safetensors") for f in os.listdir(path)):
+        odd.append("no *.safetensors")
     if odd:
         die(f"model: {path}: models with {', '.join(odd)} are not supported by the packed pass")
 
@@ -410,7 +412,8 @@ def load_policy(path, compute_dtype, device, activation_checkpointing=False,
             r=lora_rank, lora_alpha=32, target_modules="all-linear"))
         if resumed:
             adapters = torch.load(f"{resumed}/adapters.pt", weights_only=True)
-            assert not model.load_state_dict(adapters, strict=False).unexpected_keys
+            unknown = model.load_state_dict(adapters, strict=False).unexpected_keys
+            assert not unknown, unknown
     if activation_checkpointing:
         model.gradient_checkpointing_enable()
     return Policy(model.to(device), compute_dtype)

@@ -6,14 +6,14 @@
     sync_weights(engine, model)                 the trainer's weights, before the next rollout
 
 Token ids come out of vLLM and go into the trainer as they are: nothing tokenises a rollout again.
-Every response is sampled with a seed of its own, so it depends on nothing sampled beside it."""
+Every response has a seed of its own: but for rounding, what is beside it changes nothing."""
 import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from configurator import CORES, RANKS, die, is_rank0
+from configurator import CORES, RANKS, is_rank0
 
 # Read by torch and vLLM when they are imported, so scripts import this module first. Threads on a
 # CPU: this rank's share of the cores (torchrun says 1), bound to none, not spinning for long, since
@@ -59,23 +59,15 @@ def build_engine(model, context, seed, dtype, gpu_memory_utilization=0.5, max_nu
         enable_prefix_caching=True, use_tqdm_on_load=False, **of_device)
 
 
-def make_groups(tokenizer, asked, *of_grader):
-    """Graded groups. asked: [(row, prompt, seed, vLLM's outputs)]; of_grader: see grade_all."""
-    groups = []
-    for row, prompt, seed, outs in asked:
-        ids = [np.asarray(o.token_ids, dtype=np.int32) for o in outs]
-        groups.append(Group(
-            row=row, prompt=prompt, responses=ids,
-            rollout_logp=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
-            texts=tokenizer.batch_decode(ids, skip_special_tokens=True),
-            reward=np.zeros(len(outs), dtype=np.float32), seed=seed,
-            truncated=np.array([o.finish_reason != "stop" for o in outs])))
-    # a response that was cut off is incorrect, whatever is in it
-    rewards = iter(grade_all([(text, g.row) for g in groups for text, is_cut in zip(
-        g.texts, g.truncated) if not is_cut], *of_grader))
-    for g in groups:
-        g.reward[~g.truncated] = [next(rewards) for _ in g.reward[~g.truncated]]
-    return groups
+def make_group(tokenizer, row, prompt, seed, outs):
+    """vLLM's outputs to a prompt as a Group that is not graded yet."""
+    ids = [np.asarray(o.token_ids, dtype=np.int32) for o in outs]
+    return Group(
+        row=row, prompt=prompt, responses=ids,
+        rollout_logp=[np.asarray(o.logprobs.logprobs, dtype=np.float32) for o in outs],
+        texts=tokenizer.batch_decode(ids, skip_special_tokens=True),
+        reward=np.zeros(len(outs), dtype=np.float32), seed=seed,
+        truncated=np.array([o.finish_reason != "stop" for o in outs]))
 
 
 def generate_all_ranks(engine, tokenizer, problems, prompts, n, temperature, max_response_tokens,
@@ -127,12 +119,15 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                for p in order]
 
     def grade(outputs):
-        asked = [(problems[order[i]], prompts[order[i]], seeds[i], outs)
-                 for i, outs in outputs.items()]
-        groups = dict(zip(outputs, make_groups(tokenizer, asked, reward, reward_seconds)))
-        for i, group in groups.items():
-            if joining[i] and not (anchor_hard_only and group.correct.any()):
-                groups[i] = with_anchors(tokenizer, group, joining[i], group_size, end)
+        groups = {i: make_group(tokenizer, problems[order[i]], prompts[order[i]], seeds[i], outs)
+                  for i, outs in outputs.items()}
+        # a response that was cut off is incorrect, whatever is in it
+        rewards = iter(grade_all([(text, g.row) for g in groups.values() for text, is_cut in zip(
+            g.texts, g.truncated) if not is_cut], reward, reward_seconds))
+        for i, g in groups.items():
+            g.reward[~g.truncated] = [next(rewards) for _ in g.reward[~g.truncated]]
+            if joining[i] and not (anchor_hard_only and g.correct.any()):
+                groups[i] = with_anchors(tokenizer, g, joining[i], group_size, end)
         return groups
 
     owner = []                              # the engine of every prompt issued
@@ -152,6 +147,7 @@ def sample_batch(engine, tokenizer, problems, prompts, position, *, seed, prompt
                 break
             # issue prompts, each to the engine with the fewest
             missing = prompts_per_step - np.count_nonzero(state == ACCEPTED)
+            # inf x 0 is nan
             most = math.ceil(min(oversample * missing, room)) if missing > 0 else 0
             load = np.bincount([owner[i] for i in waiting], minlength=engines)
             for i in range(len(owner), min(max_prompts, len(owner) + most - len(waiting))):
@@ -209,7 +205,7 @@ def sync_weights(engine, model):
 
 def load_weights(engine, folder):
     """Put the weights of another checkpoint of the same model, a folder, into the engine."""
-    files = sorted(Path(folder).glob("*.safetensors")) or die(f"{folder}: no weights in there")
+    files = sorted(Path(folder).glob("*.safetensors"))
     push_weights(engine, (pair for file in files for pair in load_file(file).items()))
 
 

@@ -84,7 +84,7 @@ def read_rows(out_dir, name="metrics"):
     """Rows of a file that a run logs to, without those that are cut off or damaged; or none."""
     path, rows = Path(out_dir, f"{name}.jsonl"), []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, LookupError):
+        with contextlib.suppress(ValueError, TypeError, LookupError, OverflowError):
             row = json.loads(line)
             rows.append(row | {"step": int(row["step"])})
     return rows
@@ -144,7 +144,6 @@ def open_run(out_dir, config, start=None):
                 print0(f"note: resumed with {key} {before.get(key)!r} -> {value!r}")
                 if key == "lora_rank" or key == "model" and config.get("lora_rank"):
                     die(f"{key}: adapters are resumed with the rank, and on the model, of before")
-        prune(out_dir, start[0], config["keep_ckpts"])  # a kill may have left one too many
     old = free_name(f"{out_dir}/old_")
     there = [p for name in OURS for p in glob.glob(f"{glob.escape(out_dir)}/{name}")]
     os.makedirs(old if there else out_dir, exist_ok=True)

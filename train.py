@@ -33,7 +33,7 @@ eval_dataset = None           # likewise; None: the set's own test split, or non
 data_dir = "data"             # where known sets are: bench/get_data.py fetches them
 eval_problems = 128           # problems an evaluation uses at most, the first ones
 system_prompt = None          # str; None: the data set's own ("Please reason step by step, ...")
-prompt = None                 # row -> chat; None: the one above, the set's examples, the problem
+prompt = None                 # row -> chat; None: system_prompt, the set's examples, the problem
 reward = None                 # (text, row) -> 0 to 1; None: is the last box the answer?
 reward_seconds = 2.0          # that it may take for a response
 out_dir = "out/run"           # metrics.jsonl, samples.jsonl, curves.png, step_*/ go here
@@ -44,7 +44,7 @@ group_size = 8                # responses a prompt (G)
 temperature = 1.0             # of sampling, and of the log-probabilities trained on
 max_response_tokens = 512     # a response cut off here is incorrect
 prompts_per_step = 32         # prompts (groups) trained on in a step, all ranks together
-dynamic_sampling = True       # drop groups without a signal (all right, all wrong), sample more
+dynamic_sampling = True       # drop groups without an advantage (all right or wrong), sample more
 oversample = 1.0              # prompts in work at once / prompts missing; inf: fill the engines
 max_rounds = 8                # prompts sampled a step at most / prompts_per_step
 rollout_dtype = "auto"        # of vLLM; "auto": bfloat16 on CUDA, float32 on a CPU
@@ -54,7 +54,7 @@ tp = 1                        # tensor parallel: neighbouring ranks that share a
 # variant and loss
 variant = "grpo"              # one of advantages.VARIANTS, see advantages.token_advantages
 nthr_beta = 1.0               # tau = nthr_beta x lowest mean score of a correct response; -inf: all
-nthr_eta = None               # left of a selected token's advantage; None: 2|0.5-p|, or ETAS
+nthr_eta = None               # left of a selected token's advantage; None: 2|0.5-p|; "p", "1-p"
 nthr_vocab = "response"       # scores over the tokens of the group, or "full": the whole vocabulary
 thr_p = 0.0                   # of thr: 0.1 exploits, -0.1 explores
 entropy_share = 0.2           # of entropy_top: share of a group's tokens that keep their advantage
@@ -110,12 +110,13 @@ check(  # a setting whose default is None takes any value, unless it is named he
     config, advantages.CHOICES | losses.CHOICES | dict(
         delta=(None, float, str), parallel=("ddp", "fsdp"), compute_dtype=DTYPES,
         rollout_dtype=(*DTYPES, "float16"), on_full_disk=("stop", "go on")),
-    {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps temperature delta "
-            "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_rounds max_num_seqs "
-            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds max_gap",
+    {"> 0": "prompts_per_step prompts_per_update max_response_tokens max_steps max_rounds delta "
+            "tokens_per_micro_batch learning_rate keep_ckpts eval_problems max_num_seqs max_gap "
+            "gpu_memory_utilization entropy_share max_bad_steps reward_seconds",
      ">= 0": "eval_every ckpt_every warmup_steps decay_steps kl_coef clip_low clip_high grad_clip "
             "weight_decay samples_per_step tis_cap llds anchors anchor_share lora_rank judge_noise",
      ">= 1": "oversample seq_mask_cap", ">= 2": "group_size", "<= 9": "delta",
+     ">= 0.01": "temperature", "<= 1000": "max_rounds", "<= 1000000": "reward_seconds",
      "< 1": "gpu_memory_utilization", "<= 1": "entropy_share anchor_share weight_decay",
      "<= 0.01": "learning_rate", "< inf": "nthr_beta"},
     infinite="nthr_beta oversample clip_high tis_cap grad_clip",
@@ -128,8 +129,8 @@ if not re.fullmatch(r"rubric|random|https?://[^@?]+", judge):  # it is printed a
         "that is in JUDGE_API_KEY")
 if isinstance(delta, str) and not re.fullmatch(r"q0?\.\d+", delta):
     die(f"delta: {delta!r} is neither points nor a share under 1, q0.25")
-if anchors >= group_size or demos == "self" and not anchors:
-    die(f"anchors: {anchors} is not less than {group_size=}, or 0 where demos='self'")
+if anchors >= group_size or not anchors and (demos == "self" or demos and variant != "dagrpo"):
+    die(f"anchors: {anchors} is not less than {group_size=}, or is 0, so that {demos=} is unused")
 if prompts_per_step % prompts_per_update:
     die(f"prompts_per_update: {prompts_per_update} does not divide {prompts_per_step=}")
 start = runs.newest_checkpoint(out_dir) if resume else None
@@ -144,9 +145,6 @@ test_problems = data.load_problems(eval_dataset, "test", "eval_dataset", data_di
 problems = data.drop_evaluated(problems, dataset, data_dir, test_problems)
 judged, from_self = variant == "dagrpo", demos == "self"
 config["anchor_hard_only"] |= from_self
-demonstrations = None
-if judged or anchors and not from_self:
-    demonstrations = data.load_demos(problems, dataset, None if from_self else demos)
 tokenizer, hf_config = data.load_tokenizer(model, tp)
 model_utils.check_model(model, hf_config)
 encode = partial(data.encode_prompts, tokenizer, **settings_for(data.encode_prompts, config),
@@ -167,7 +165,8 @@ if len(set(seen)) > 1:
     die(f"dataset, resume: the ranks have different numbers of problems, or steps: {seen}")
 end = data.end_token(tokenizer, model)
 anchor_texts = {}  # {problem: {text: the step that it is of}}
-if demonstrations:
+if judged or anchors and not from_self:
+    demonstrations = data.load_demos(problems, dataset, None if from_self else demos)
     anchor_texts = data.verify_demos(tokenizer, problems, prompts, demonstrations,
                                      max_response_tokens, end, reward, reward_seconds)
     if anchors and not anchor_texts and not from_self:
@@ -306,9 +305,9 @@ while True:
     rollout.sleep_engine(engine)
     figures.lap("sleep")
 
-    # ---- judge: groups without both outcomes need no scores
+    # ---- judge
     if judged:
-        row |= judge_all_ranks([*filter(data.mixed, groups)], cache=scores_known, **of_judge)
+        row |= judge_all_ranks(groups, cache=scores_known, **of_judge)
         of_variant["delta"] = advantages.dagrpo_threshold(groups, delta, advantage_norm)
     figures.lap("judge")
 

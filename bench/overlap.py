@@ -28,7 +28,7 @@ def of_question(row, nthr_beta):
     wrong = np.repeat([not right for right in row["correct"]], lengths)
     # THR has the scores' means with 1 / length, of incorrect tokens with the other sign
     tau = nthr_beta * min(np.mean(x) for x, right in zip(row["thr"], row["correct"]) if right)
-    picked = {"nthr": nthr, "thr < 0": wrong & (-flat["thr"] > tau)}
+    picked = {"nthr": nthr, "thr < 0": wrong & (-flat["thr"] > max(tau, 0))}
     chance = np.random.default_rng(row["question"]).random(len(wrong))
     for name, by in dict(entropy=flat["entropy"], logp=flat["surprisal"], random=chance).items():
         picked[name] = as_many(*map(torch.from_numpy, (nthr, by)), lengths).numpy()

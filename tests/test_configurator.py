@@ -85,10 +85,10 @@ ARGS = dict(
     ("rate", math.nan, "rate: nan"), ("rate", math.inf, "rate: inf"), ("rate", 0.0, "not > 0"),
     ("bound", math.nan, "bound: nan"), ("steps", -1, "-1 is not >= 0"), ("tp", 3, "tp: 3"),
     ("tp", 0, "tp: 0"), ("rate", 2.1, "not <= 2"), ("seed", -1, "seed: -1"),
-    ("seed", 2**32, "seed: 4294967296"), ("eta", "q", "eta: 'q' is none of None, p, a number"),
+    ("seed", 2**32, "seed: 4294967296"), ("eta", "q", "eta: 'q' is none of None, p, float"),
     ("eta", True, "eta: True"), ("eta", (0.5,), "eta: (0.5,)"), ("eta", math.nan, "eta: nan"),
     ("count", 0, "count: 0"), ("count", "x", "count: 'x'"), ("count", 1.5, "count: 1.5"),
-    ("kinds", ("a", "c"), "'c' is none of a, b"), ("other", 3, "other: 3 is none of None, a text")])
+    ("kinds", ("a", "c"), "'c' is none of a, b"), ("other", 3, "other: 3 is none of None, str")])
 def test_check(dies, key, value, words):
     check(GOOD, **ARGS)
     dies(words, check, GOOD | {key: value}, **ARGS)
@@ -114,10 +114,11 @@ def test_configs_hold_what_the_papers_state():
 
 def test_a_function_is_a_setting(dies, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("def name(x):\n    return 2 * x\ndef other(x):\n    return 1\nlimit = other\n")
-    got = configure(script(), [str(path)])
-    assert (got["name"], got["limit"]) == (f"{path}:name", f"{path}:other")
-    assert load_function(got["name"], "name")(4) == 8
+    path.write_text("def prompt(x):\n    return 2 * x\ndef f(x):\n    return 1\nreward = f\n")
+    got = configure(script() | dict(prompt=None, reward=None), [str(path)])
+    assert (got["prompt"], got["reward"]) == (f"{path}:prompt", f"{path}:f")
+    assert load_function(got["prompt"], "prompt")(4) == 8
+    dies("reward: ", check, GOOD | dict(reward=f"{path}:f"), **ARGS)  # which takes no row
     for wrong in (f"{path}:nothing", "nowhere.py:name", "name"):
         dies(f"reward: it takes FILE.py:NAME; {wrong}: ", load_function, wrong, "reward")
     dies("reward: ", check, GOOD | dict(reward="nowhere.py:x"), **ARGS)

@@ -177,7 +177,7 @@ def test_prompts(model_dir, dies, tmp_path):
     assert tok.decode(ids_of_evil).count("< |im_end|>") == 1
     assert data.encode_anchor(tok, ids, evil, 2)[:-1].min() > max(tok.all_special_ids)
     long = [rows[0], rows[0] | dict(problem="1 + " * 99)]
-    dies("eval_dataset: problem 2: ", data.encode_prompts, tok, long, "x", room=99,
+    dies("eval_dataset: problem 2, '1 + 1", data.encode_prompts, tok, long, "x", room=99,
             key="eval_dataset")
     (tmp_path / "mine.py").write_text('def ask(row):\n    return [dict(role="user", content='
                                       '"What is " + row["problem"])]\n')

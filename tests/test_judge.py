@@ -18,7 +18,8 @@ TEXTS = ["45 + 38 = 83, 83 + 25 = 108 \\boxed{108}", "45 + 38 = 83, 83 + 25 = 98
 
 
 def group(texts=TEXTS, reward=(1, 0, 0, 1, 0), **row):
-    return SimpleNamespace(row=ROW | row, texts=texts, reward=reward, truncated=[0] * len(texts))
+    return SimpleNamespace(row=ROW | row, texts=texts, reward=np.array(reward, np.float32),
+                           truncated=[0] * len(texts))
 
 
 @pytest.mark.parametrize("reply, score", [
@@ -52,8 +53,10 @@ def test_a_response_cannot_leave_its_place_in_the_prompt():
 def test_rubric():
     setup_distributed()
     groups = [group(), group(solution=None), group(solution="\\boxed{108}")]
-    counts = judge.judge_all_ranks(groups, "rubric")
-    assert [*counts.values()] == [10, 0, 1]  # asked, failed, without a demonstration
+    no_signal, fractions = group(reward=[0.4] * 5), group(reward=[0, 0.4, 0.4, 0, 0])
+    counts = judge.judge_all_ranks([*groups, no_signal, fractions], "rubric")
+    assert [*counts.values()] == [15, 0, 1]  # asked, failed, without a demonstration
+    assert len(fractions.score) == 5 and not hasattr(no_signal, "score")
     # as good as the demonstration; one slip; no step; no step; nothing
     assert groups[0].score == pytest.approx([10, 7.4, 2.5, 3.4, 1])
     assert groups[0].score.dtype == np.float32 and not hasattr(groups[1], "score")
@@ -115,11 +118,10 @@ def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwa
         monkeypatch.setattr(judge, "RETRIES", retries)
         server.script[:] = script
         server.keys.clear()
-        g = group(texts, [0] * len(texts))
         cache = {} if cache is None else cache
-        judge.judge_all_ranks([g], server.url, "m", cache=cache, out_dir=tmp_path)
+        [found] = judge._asked_scores(server.url, "m", cache, tmp_path, "stop", [group(texts)])
         assert set(server.keys) == {"Bearer sk-secret"}  # used, never said
-        return [None if np.isnan(s) else s for s in g.score.tolist()], len(server.keys)
+        return [None if np.isnan(s) else s for s in found], len(server.keys)
 
     assert scores("Score: 7") == ([7], 1)
     for trouble in ("500", "429", "slow"):  # tried again by the library
@@ -149,7 +151,7 @@ def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwa
 def test_a_full_disk_stops_the_run_or_costs_the_cache(server, tmp_path, capsys):
     setup_distributed()
     (tmp_path / "judge_0.jsonl").symlink_to("/dev/full")
-    g, how = group("ab", [0, 0]), dict(cache={}, out_dir=tmp_path)
+    g, how = group("ab", [0, 1]), dict(cache={}, out_dir=tmp_path)
     with pytest.raises(SystemExit, match="1"):
         judge.judge_all_ranks([g], server.url, "m", **how)
     judge.judge_all_ranks([g], server.url, "m", **how, on_full_disk="go on")
@@ -178,7 +180,7 @@ def test_noise_and_chance_are_those_of_a_response():
     texts = [f"{i}: 45 + 38 = 83" for i in range(3000)] + ["7: 45 + 38 = 83"]
 
     def scores(*args, **how):
-        g = group(texts, reward=[0] * len(texts))
+        g = group(texts, reward=[1] + [0] * (len(texts) - 1))
         judge.judge_all_ranks([g], *args, **how)
         assert g.score[7] == g.score[-1] and 1 <= g.score.min() <= g.score.max() <= 10
         return g.score

@@ -163,11 +163,11 @@ FILES = {"empty": "", "good": GOOD, "long": GOOD + GOOD.replace("1 +", "1 + " * 
 REFUSED = """
 train.py --eval_dataset=nowhere.jsonl            eval_dataset: there is no file nowhere.jsonl
 train.py --dataset=DIR/empty                     has no rows
-train.py --dataset=DIR/long                      problem 2
+train.py --dataset=DIR/long                      problem 2, '1 + 1
 train.py --dataset=DIR/good --eval_dataset=DIR/good  are in an evaluation set
 train.py --dataset=DIR/mine.py:rows              mine.py:rows, line 2: ZeroDivisionError
 train.py --dataset=DIR/good --prompt=DIR/mine.py:ask  mine.py:ask: TypeError
-train.py --dataset=math500                       no file math500; and train sets are
+train.py --dataset=math500                       no file math500; train sets are
 train.py --dataset=math --data_dir=config        math_lvl3to5_12k_split.jsonl
 train.py --model=models/nowhere                  models/nowhere
 train.py --prompts_per_update=3                  prompts_per_update
@@ -183,7 +183,10 @@ train.py --llds=0.2                              llds: is always 0 with one upda
 train.py --delta=9.5                             delta: 9.5
 train.py --delta=q1.5                            delta: 'q1.5' is neither points nor a share
 train.py --anchors=8 --demos=self                anchors: 8 is not less than group_size=8
-train.py --demos=self                            anchors: 0
+train.py --demos=DIR/good                        anchors: 0
+train.py DIR/good                                good' is neither a --flag nor a config file
+train.py --reward=DIR/mine.py:rows               mine.py:rows does not take (text, row)
+train.py --temperature=0.001                     temperature: 0.001 is not >= 0.01
 train.py --anchor_share=1.5                      anchor_share: 1.5 is not <= 1
 train.py --judge_noise=-1                        judge_noise: -1.0 is not >= 0
 train.py --judge=gpt-4o                          neither rubric nor random nor an address
@@ -199,9 +202,10 @@ train.py --out_dir=DIR/empty/x                   out_dir
 eval.py --ckpt=DIR                               neither a whole model
 eval.py --ckpt=MODEL,of/the_hub                  a hub id is evaluated by itself
 eval.py --ckpt=MODEL --data=arithmetic,nowhere   there is no file nowhere
-eval.py --n_of=('aime24',32)                     n_of: 'aime24' is none of a pair
+eval.py --n_of=('aime24',32)                     n_of: 'aime24' is none of tuple
 eval.py --n_of=(('aime24',),)                    n_of: ('aime24',) is not a set and a number
 eval.py --chkpt=x                                'ckpt'
+eval.py --compare                                --compare needs a value
 eval.py --ckpt=MODEL --n=4                       n: 4
 eval.py --ckpt=MODEL --temperature=-1            temperature: -1
 lld.py --variants=('grpo','gpro')                variants: 'gpro'
