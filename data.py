@@ -292,9 +292,9 @@ def encode_prompts(tokenizer, problems, dataset, system_prompt=None, prompt=None
         prompts = [np.array(ids, np.int32) for ids in encode_chats(tokenizer, chats)]
     lengths = list(map(len, prompts))
     if max(lengths) > room:
-        worst = lengths.index(max(lengths))
-        die(f"{key}: problem {worst + 1}, {problems[worst]['problem'][:40]!r}: {max(lengths)} tokens"
-            f" of prompt; beside a response the model's context has room for {room}")
+        i = lengths.index(max(lengths))
+        die(f"{key}: problem {i + 1}, {problems[i]['problem'][:40]!r}: its prompt has {lengths[i]} "
+            f"tokens; beside a response the model's context has room for {room}")
     return prompts
 
 
