@@ -11,10 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")  # GiB of an engine's cache
 import rollout  # noqa: E402  sets torch's threads, so before any test imports torch
 
+from model_utils import setup_distributed  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
-def ctrl_c():
-    """Scripts that tests run in this process leave Ctrl-C as theirs."""
+def process():
+    """A process group of one rank. Scripts that tests run in it leave Ctrl-C as theirs."""
+    setup_distributed()
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

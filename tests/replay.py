@@ -5,12 +5,12 @@
 test_golden.py replays fixed groups, bench/race.py the responses that TRL sampled. As a program
 (under torchrun) it replays the groups of a JSON file with the flags of each of its cases.
 """
-import contextlib
 import functools
 import json
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import DEFAULT, patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,26 +30,11 @@ from data import Group
 
 def read_groups(rows):
     """Groups of JSON rows: row, prompt, responses, rollout_logp, texts, reward, is_anchor."""
-    groups = []
-    for seed, r in enumerate(rows):
-        groups.append(Group(
-            row=r["row"], prompt=np.array(r["prompt"], dtype=np.int32),
-            responses=[np.array(x, dtype=np.int32) for x in r["responses"]],
-            rollout_logp=[np.array(x, dtype=np.float32) for x in r["rollout_logp"]],
-            texts=r["texts"], reward=np.array(r["reward"], dtype=np.float32),
-            is_anchor=np.array(r["is_anchor"], dtype=bool), seed=seed))
-    return groups
-
-
-@contextlib.contextmanager
-def replaced(module, **functions):
-    """Functions of a module, others for a time."""
-    before = {name: getattr(module, name) for name in functions}
-    vars(module).update(functions)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
+    return [Group(**r | dict(
+        seed=seed, prompt=np.array(r["prompt"], np.int32), reward=np.array(r["reward"], np.float32),
+        responses=[np.array(x, np.int32) for x in r["responses"]],
+        rollout_logp=[np.array(x, np.float32) for x in r["rollout_logp"]],
+        is_anchor=np.array(r["is_anchor"], bool))) for seed, r in enumerate(rows)]
 
 
 def replay(steps, *flags, probes=()):
@@ -91,15 +76,12 @@ def replay(steps, *flags, probes=()):
         per_token.clear()
         return norm
 
-    def nothing(*args, **kwargs):
-        pass
-
     sys.argv = ["train.py", f"--max_steps={len(steps)}", *flags]
-    with (replaced(rollout, build_engine=nothing, sample_batch=sample_batch, sync_weights=nothing,
-                   sleep_engine=nothing),
-          replaced(data, load_problems=load_problems), replaced(losses, policy_loss=policy_loss),
-          replaced(model_utils, optimizer_step=optimizer_step),
-          replaced(plot, plot_runs=nothing), replaced(runs, save_checkpoint=nothing)):
+    with (patch.multiple(rollout, build_engine=DEFAULT, sample_batch=sample_batch,
+                         sync_weights=DEFAULT, sleep_engine=DEFAULT),
+          patch.object(data, "load_problems", load_problems), patch.object(plot, "plot_runs"),
+          patch.object(losses, "policy_loss", policy_loss), patch.object(runs, "save_checkpoint"),
+          patch.object(model_utils, "optimizer_step", optimizer_step)):
         scope = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     return updates, scope["policy"]
 

@@ -10,7 +10,6 @@ from test_model_utils import make_group
 from transformers import AutoTokenizer
 
 import data
-from model_utils import setup_distributed
 
 
 @pytest.mark.parametrize("name, size", [("arithmetic", 8190), ("addition", 4095), ("sums", 4096)])
@@ -112,7 +111,6 @@ def test_demonstrations_of_a_file_and_of_a_set(tmp_path, dies):
 
 
 def test_a_problem_gets_its_first_right_and_short_demonstration(model_dir, dies):
-    setup_distributed()
     tok = AutoTokenizer.from_pretrained(model_dir)
     rows = [dict(problem=p, answer="2") for p in "abc"]
     prompts = data.encode_prompts(tok, rows, "x")

@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from data import load_tokenizer
-from model_utils import setup_distributed
 from runs import write_jsonl
 
 evaluation = importlib.import_module("eval")
@@ -33,7 +32,6 @@ def test_statistics():
 def test_a_hand_made_set(tmp_path):
     saved = [dict(correct=right, length=[10, 11, 12, 13], truncated=[cut] * 4)
              for right, cut in (([1, 1, 0, 1], False), ([0, 0, 0, 0], True), ([1, 0, 0, 0], False))]
-    setup_distributed()
     path, settings = str(tmp_path / "set_n4_t0.5.jsonl"), {"n": 4, "weights": {"a": 1.25}}
     write_jsonl(path, [settings, *saved])
     s = evaluation.summarize(evaluation.kept_rows(path, settings))

@@ -9,7 +9,6 @@ import openai
 import pytest
 
 import judge
-from model_utils import setup_distributed
 
 ROW = dict(problem="45 + 38 + 25", answer="108",
            solution="45 + 38 = 83, 83 + 25 = 108 \\boxed{108}")
@@ -51,7 +50,6 @@ def test_a_response_cannot_leave_its_place_in_the_prompt():
 
 
 def test_rubric():
-    setup_distributed()
     groups = [group(), group(solution=None), group(solution="\\boxed{108}")]
     no_signal, fractions = group(reward=[0.4] * 5), group(reward=[0, 0.4, 0.4, 0, 0])
     counts = judge.judge_all_ranks([*groups, no_signal, fractions], "rubric")
@@ -112,8 +110,6 @@ def server(monkeypatch):
 
 
 def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwarn):
-    setup_distributed()
-
     def scores(*script, texts="a", cache=None, retries=2):
         monkeypatch.setattr(judge, "RETRIES", retries)
         server.script[:] = script
@@ -149,7 +145,6 @@ def test_what_a_server_may_do_wrong(server, tmp_path, capsys, monkeypatch, recwa
 
 
 def test_a_full_disk_stops_the_run_or_costs_the_cache(server, tmp_path, capsys):
-    setup_distributed()
     (tmp_path / "judge_0.jsonl").symlink_to("/dev/full")
     g, how = group("ab", [0, 1]), dict(cache={}, out_dir=tmp_path)
     with pytest.raises(SystemExit, match="1"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from overlap import of_question
 from test_advantages import algorithm_1, eq_7, most
-from test_model_utils import make_group
+from test_model_utils import alone, make_group
 from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM
 
@@ -38,24 +38,15 @@ def plain(model_dir):
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 
-def ask(model, group):
-    """Of each response: states that predict it (R, d), log-probabilities (R, V), tokens (R,)."""
-    for response in group["responses"]:
-        ids = torch.tensor([group["prompt"] + response])
-        out = model(input_ids=ids, output_hidden_states=True)
-        at = slice(len(group["prompt"]) - 1, -1)
-        logp = (out.logits[0, at] / 0.9).log_softmax(-1)
-        yield out.hidden_states[-1][0, at], logp, torch.tensor(response)
-
-
 def test_delta_is_one_update_of_a_plain_model(out, plain):
     """The gradient of eq. 1, torch's own AdamW and clipping, and the likelihoods after it."""
-    group, row = rows(out / "groups.jsonl")[0], rows(out / "questions.jsonl")[0]
-    rewards = torch.tensor(group["rewards"])
+    asked, row = rows(out / "groups.jsonl")[0], rows(out / "questions.jsonl")[0]
+    group = make_group(asked["prompt"], asked["responses"])
+    rewards = torch.tensor(asked["rewards"])
     advantage = (rewards - rewards.mean()) / rewards.std(correction=0)
 
     def log_likelihoods():
-        return [logp[range(len(y)), y] for _, logp, y in ask(plain, group)]
+        return [Categorical(logits=x).log_prob(y) for _, x, y in alone(plain, [group], 0.9)]
 
     params, before, grads = [*plain.parameters()], log_likelihoods(), {}
     start = [p.detach().clone() for p in params]
@@ -84,8 +75,8 @@ def test_scores_from_the_token_ids(out, plain):
         group = make_group(asked["prompt"], asked["responses"], asked["rewards"])
         lengths, correct = group.lengths, group.correct
         with torch.no_grad():
-            h, logp, y = map(torch.cat, zip(*ask(plain, asked)))
-        policy = Categorical(logits=logp)
+            h, logits, y = map(torch.cat, zip(*alone(plain, [group], 0.9)))
+        policy = Categorical(logits=logits)
         old = Old(policy.log_prob(y), policy.entropy(), h, None, plain.lm_head.weight.detach(), 0.9)
         right, share = (torch.from_numpy(np.repeat(x, lengths))
                         for x in (correct, correct / lengths))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from configs import update_memory
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from test_model_utils import make_group
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
@@ -77,27 +76,32 @@ def test_how_far_anchors_are_from_the_policy(on_ranks):
         "anchor/logp_right": np.log([0.5, 0.1]).mean(), "anchor/unlikely": 1 / 3})]
 
 
-def fake_checkpoint(out_dir, step):
-    path = out_dir / f"step_{step:06d}"
-    path.mkdir()
-    torch.save({0: {"exp_avg": torch.ones(3)}}, path / "optimizer.pt")
-    save_file({"w": torch.ones(3)}, path / "model.safetensors")
-    (path / "run_config.json").write_text('{\n "lr": 1\n}')
-    files = {name: runs.checksum(path / name) for name in os.listdir(path)}
-    state = dict(step=step, position=9, files=files)
-    (path / "trainer_state.json").write_text(json.dumps(state))
-    return path
+@pytest.fixture
+def save(model_dir):
+    """save(out_dir, step): a checkpoint of save.model, a tiny one whose norms are 1; its folder."""
+    def save(out_dir, step, **config):
+        config = dict(keep_ckpts=9, on_full_disk="stop", lr=1) | config
+        runs.save_checkpoint(out_dir, dict(step=step, position=9), save.model, tokenizer,
+                             torch.optim.AdamW(save.model.parameters()), config)
+        return out_dir / f"step_{step:06d}"
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.chat_template = {"default": "x", "tool_use": "y"}  # a file each, if they are files
+    save.model = AutoModelForCausalLM.from_config(Qwen2Config(
+        hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1,
+        num_key_value_heads=2, vocab_size=9))
+    return save
 
 
-def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys):
-    paths = [fake_checkpoint(tmp_path, s) for s in range(6)]
+def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys, save):
+    paths = [save(tmp_path, s) for s in range(6)]
     (tmp_path / "step_000007.tmp").mkdir()  # a write that never ended is no checkpoint
     assert runs.newest_checkpoint(tmp_path) == (str(paths[5]), runs.check_checkpoint(paths[5]))
     os.truncate(paths[5] / "model.safetensors", 40)
     (paths[4] / "optimizer.pt").unlink()
     (paths[3] / "trainer_state.json").write_text('{"step": ')
     for path, old, new in ((paths[2] / "run_config.json", b"{", b"x"),  # files as long as they were
-                           (paths[1] / "optimizer.pt", b"\0\0\x80\x3f", b"\0\0\x80\x40")):
+                           (paths[1] / "model.safetensors", b"\0\0\x80\x3f", b"\0\0\x80\x40")):
         path.write_bytes(path.read_bytes().replace(old, new, 1))
     path = str(paths[0])
     runs.prune(tmp_path, path, 1)  # saved after a resume from it: whole, so it stays
@@ -107,10 +111,10 @@ def test_broken_checkpoints_are_passed_over_and_not_counted(tmp_path, capsys):
     assert runs.checkpoints(tmp_path) == [str(p) for p in paths[:0:-1]]
 
 
-def test_open_run_loses_nothing(tmp_path, dies):
+def test_open_run_loses_nothing(tmp_path, dies, save):
     out = tmp_path / "run[1]"
     runs.open_run(str(out), dict(lr=1))
-    path, metrics = fake_checkpoint(out, 2), out / "metrics.jsonl"
+    path, metrics = save(out, 2), out / "metrics.jsonl"
     for step, key, x in ((0, "eval/accuracy", 1), (1, "x", math.nan), (2, "x", math.inf),
                          (2, "eval/accuracy", 2), (3, "train/entropy", 3)):
         runs.log(out, metrics=[{"step": step, key: x}])
@@ -141,7 +145,7 @@ def test_open_run_loses_nothing(tmp_path, dies):
 
 
 def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
-        tmp_path, model_dir, monkeypatch, capsys):
+        tmp_path, save, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
@@ -150,37 +154,24 @@ def test_a_full_disk_ends_a_run_and_costs_nothing_that_was_saved(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "x": "y"}\n'
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tokenizer.chat_template = {"default": "x", "tool_use": "y"}  # a file each, if they are files
-    model = AutoModelForCausalLM.from_config(Qwen2Config(
-        hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1,
-        num_key_value_heads=2, vocab_size=9))
-    weight = model.model.norm.weight
-
-    def save(step, on_full_disk="stop"):
-        config = dict(keep_ckpts=3, on_full_disk=on_full_disk)
-        runs.save_checkpoint(tmp_path, dict(step=step, position=0), model, tokenizer,
-                             torch.optim.AdamW(model.parameters()), config)
-        return capsys.readouterr().out
-
-    save(1)
-    full = Path("/dev/full")
+    save(tmp_path, 1)
+    full, weight = Path("/dev/full"), save.model.model.norm.weight
     for module, name, fault in (
             (torch, "save", lambda *_: full.write_text("x")),
             (runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=5)),
             (runs, "to_disk", lambda _: weight.data.fill_(math.nan))):  # of the next one
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
             patch.setattr(module, name, fault)
-            [save(step) for step in (5, 6)]
+            [save(tmp_path, step) for step in (5, 6)]
         said = "".join(capsys.readouterr())
         assert "not written" in said and ("GiB are free" in said or "not finite" in said)
         assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(SystemExit, match="1"):  # whatever on_full_disk says
-        save(7, "go on")
+        save(tmp_path, 7, on_full_disk="go on")
     weight.data.fill_(1)
     monkeypatch.setattr(torch, "save", lambda *_: full.write_text("x"))
-    assert "step_000008 is not written: [Errno 28]" in save(8, "go on")
+    save(tmp_path, 8, on_full_disk="go on")
+    assert "step_000008 is not written: [Errno 28]" in capsys.readouterr().out
     monkeypatch.undo()
     assert [p[-1] for p in runs.checkpoints(tmp_path)] == ["5", "1"]
 
