@@ -28,7 +28,7 @@ LONGEST = 2000        # characters of an answer; the longest reference answer ha
 # What `normalise` replaces, in this order; math-verify reads the rest of LaTeX by itself
 RULES = (
     (r"^\$? ?\\approx|\\?\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!(?! *\d)", ""),
-    (r"(?<=\\\\)\[[\d.]+[a-z]+\]|\*\*|\\(?=%)", ""),  # \\[4pt]
+    (r"(?<=\\\\)\[[\d.]+[a-z]+\]|\*\*|\\(?=%)|[, ]*(\\text\{ ?)?\b(for all|where) .*", ""),
     (r"\\[dtc]frac", r"\\frac"), (r"\\varnothing", r"\\emptyset"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | ) *(?=\d{3}(?![\d/]))", ""),  # 10{,}000
     (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s)+", " "),
@@ -51,8 +51,8 @@ RULES = (
     (r"^\(?([0-9A-F]+|\\text\{[0-9A-F]+\})\)? ?_\{?(\d+)\}?$", r"\1\\text{base \2}"),
 )
 SYMBOLS = str.maketrans({"−": "-", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "×": "*"})
-UNIT = re.compile(r"(.*[a-zA-Z\d})%]) ?\\text\{(?!(?i:and|or|hundred|thousand|million|billion"
-                  r"|[ap]m|i)\b)([^{}]*)\}(?:\^\{?\d\}?)?")
+UNIT = re.compile(r"(.*?[a-zA-Z\d})%]) ?\\text\{(?!(?i:and|or|hundred|thousand|million|billion"
+                  r"|[ap]m|i)\b)([^{}]*)\}(?:\^\{?-?\d\}?| |/|\\cdot|\\text\{(?!and|or)[^{}]*\})*")
 # Two different ones of these are two answers; any other unit is not looked at
 MEASURES = set("""mm millimeters cm centimeters m meters km kilometers in inches ft feet miles g
     grams kg kilograms seconds min minutes hours days weeks months years dollars cents""".split())
@@ -112,14 +112,14 @@ def quick(text, problem):
         return False
     if re.sub(r"(?<!\d) | (?!\d)", "", gold) == re.sub(r"(?<!\d) | (?!\d)", "", pred):
         return True
-    g, p = number(gold.rstrip("% ")), number(pred.rstrip("% "))
+    g, p = number(gold.rstrip("% ")), number(re.sub(r"^[\w\\ {}]+=", "", pred).strip("% "))
     if g is not None and p is not None:
         scale = Fraction(100) ** (gold.endswith("%") - pred.endswith("%"))
         values = [p * scale, p] if abs(g) >= 1 else [p * scale]
         if g in values or all(abs(g - x) > abs(g) / 900_000 for x in values):  # 0.333333 is 1/3
             return g in values
     # To math-verify a word is the product of its letters, in any case and order
-    words = re.compile(r"[a-zA-Z][a-zA-Z' -]{3,}")
+    words = re.compile(r"[a-zA-Z][a-zA-Z' -]{2,}")
     return False if words.fullmatch(gold) and words.fullmatch(pred) else (gold, pred)
 
 

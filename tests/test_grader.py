@@ -27,7 +27,7 @@ RIGHT = r"""
 np.arcsin(10/13) | \arcsin\left(\frac{10}{13}\right)   x+y=5 | x=5-y   12 | 5+7=12
 4:40 a.m. | 4:40 \text{ AM}   (3,4] | \left(3,4\right]   -2\le x\le 7 | [-2,7]
 8\pi | 8\pi \approx 25.13   3.14 | x \approx 3.14   \frac23 \approx 0.67 | 2/3
-8.24 | $\approx 8.24$
+8.24 | $\approx 8.24$   12 | 12 \text{ erg} \, \text{s}^{-1}   f(x)=2x | 2x \text{ for all } x
 2(x+1) | 2\bigl(x+1\bigr)   7 | \boldsymbol{7}   7 | \bm{7}   1/3 | 0.\bar{3}
 \begin{pmatrix} 1/3 \\ 2 \end{pmatrix} | \begin{pmatrix} 1/3 \\[4pt] 2\end{pmatrix}
 x \in [-2,7] | [-2,7]   (2,5) | \{x \mid 2 < x < 5\}
@@ -40,7 +40,8 @@ E | \text{(E)}   \text{Evelyn} | Evelyn   \text{ellipse} | \text{an ellipse}
 """
 WRONG = r"""
 1/2 | 0.51   1000000 | 1000001   3\frac{1}{2} | \frac{3}{2}   5\% | 0.5   0.5 | 0.5\%
-5\text{ cm} | 5\text{ m}   2.88e-19 | 3e-19   2.88e-19 | 0   2\sqrt{3} | \sqrt{6}   6+9i | 6-9i
+5\text{ cm} | 5\text{ m}   2.88e-19 | 3e-19   2.88e-19 | 0   ACF | FCA
+2.88e-19 | E = 3 \times 10^{-19}   2\sqrt{3} | \sqrt{6}   6+9i | 6-9i
 x=1 | y=1   x<2 | x \le 2   52_8 | 52_7   (1,2) | (2,1)   (1,2) | [1,2]   (3,4] | [3,4)   1 | 1,2
 1,2 | 1,2,3   (-\infty, 2) \cup (3, \infty) | (-\infty, 2] \cup (3, \infty)
 1 \pm \sqrt{19} | 1+\sqrt{19}
