@@ -224,8 +224,8 @@ if __name__ == "__main__":
     jobs, first = [], None
     for folder, weights in models.items():
         tokenizer, hf_config = load_tokenizer(folder, tp, "ckpt")
-        ours = dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
-        kind = hf_config.to_dict() | ours
+        ignored = dict.fromkeys(("_name_or_path", "transformers_version", "dtype"))
+        kind = hf_config.to_dict() | ignored
         first = first or kind
         if kind != first:
             die(f"ckpt: {folder} is another kind of model than the first; evaluate it by itself")

@@ -28,7 +28,7 @@ LONGEST = 2000        # characters of an answer; the longest reference answer ha
 # What `normalise` replaces, in this order; math-verify reads the rest of LaTeX by itself
 RULES = (
     (r"^\$? ?\\approx|\\?\$|\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-z])|\\!(?! *\d)", ""),
-    (r"(?<=\\\\)\[[\d.]+[a-z]+\]|\*\*|\\(?=%)|[, ]*(\\text\{ ?)?\b(for all|where) .*", ""),
+    (r"(?<=\\\\)\[[\d.]+[a-z]+\]|\*\*|\\(?=%)", ""),  # \\[4pt]
     (r"\\[dtc]frac", r"\\frac"), (r"\\varnothing", r"\\emptyset"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | ) *(?=\d{3}(?![\d/]))", ""),  # 10{,}000
     (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s)+", " "),
@@ -39,7 +39,7 @@ RULES = (
     (r" ?(?:\^ ?\\circ|\\degree|°)|\b(?:square|sq\.?|cubic) (?=[a-z])|\.$", ""),
     (r"(?<![\\a-zA-Z])(?:np\.)?(pi|arcsin|arccos|arctan|sin|cos|tan|ln|log)(?![a-z])", r"\\\1"),
     (r"(?<=\d) ?(?:[eE]|(?:\\times|\\cdot|[*x]) ?10\^)\{?([+-]?\d+)\}?", r"\\times 10^{\1}"),
-    (r"^(-?)10(?=\^)", r"\g<1>1\\times 10"),
+    (r"^(-?)10(?=\^)", r"\g<1>1\\times 10"), (r"[, ]*(\\text\{ ?)?\b(for all|where) .*", ""),
     (r"\\(?:overline|bar)\{(\d+)\}", r"\1\1\1\1\1\1\1\1"),
     (r"^([^,]*)\\pm([^,]*)$", r"\1+\2,\1-\2"),
     (r"^(\d+) ?: ?(\d+) ?: ?(\d+)$", r"(\1,\2,\3)"),  # a ratio of three

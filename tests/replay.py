@@ -5,12 +5,12 @@
 test_golden.py replays fixed groups, bench/race.py the responses that TRL sampled. As a program
 (under torchrun) it replays the groups of a JSON file with the flags of each of its cases.
 """
+import contextlib
 import functools
 import json
 import runpy
 import sys
 from pathlib import Path
-from unittest.mock import DEFAULT, patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +35,17 @@ def read_groups(rows):
         responses=[np.array(x, np.int32) for x in r["responses"]],
         rollout_logp=[np.array(x, np.float32) for x in r["rollout_logp"]],
         is_anchor=np.array(r["is_anchor"], bool))) for seed, r in enumerate(rows)]
+
+
+@contextlib.contextmanager
+def replaced(module, **functions):
+    """Functions of a module, others for a time."""
+    before = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def replay(steps, *flags, probes=()):
@@ -76,12 +87,15 @@ def replay(steps, *flags, probes=()):
         per_token.clear()
         return norm
 
+    def nothing(*args, **kwargs):
+        pass
+
     sys.argv = ["train.py", f"--max_steps={len(steps)}", *flags]
-    with (patch.multiple(rollout, build_engine=DEFAULT, sample_batch=sample_batch,
-                         sync_weights=DEFAULT, sleep_engine=DEFAULT),
-          patch.object(data, "load_problems", load_problems), patch.object(plot, "plot_runs"),
-          patch.object(losses, "policy_loss", policy_loss), patch.object(runs, "save_checkpoint"),
-          patch.object(model_utils, "optimizer_step", optimizer_step)):
+    with (replaced(rollout, build_engine=nothing, sample_batch=sample_batch, sync_weights=nothing,
+                   sleep_engine=nothing),
+          replaced(data, load_problems=load_problems), replaced(losses, policy_loss=policy_loss),
+          replaced(model_utils, optimizer_step=optimizer_step),
+          replaced(plot, plot_runs=nothing), replaced(runs, save_checkpoint=nothing)):
         scope = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     return updates, scope["policy"]
 

@@ -49,7 +49,9 @@ def test_files_apply_in_order_and_flags_last(tmp_path):
     ("--rate=fast", "rate must be float, got 'fast'"),
     ("nowhere.py", "config file nowhere.py: "), ("steps = (\n", "(bad.py, line 1)"),
     ("steps = 3\nlearning = 1\n", "line 2: unknown key 'learning'"),
-    ("\nsteps = 'many'\n", "line 2: steps must be int"), ("\n\nx = 1 / 0\n", "line 3: ZeroDiv")])
+    ("\nsteps = 'many'\n", "line 2: steps must be int"), ("\n\nx = 1 / 0\n", "line 3: ZeroDiv"),
+    ("\nraise SystemExit\n", "line 2: SystemExit"), ("def name():\n  pass\n", "name must be str"),
+    ("mine.jsonl", "neither a --flag nor a config")])
 def test_refusals(dies, tmp_path, text, words):
     (tmp_path / "bad.py").write_text(text)
     dies(words, configure, script(), [str(tmp_path / "bad.py") if "\n" in text else text])

@@ -69,6 +69,13 @@ def test_delta_is_one_update_of_a_plain_model(out, plain):
             assert row[f"{key}_{variant}"] == pytest.approx(mean, rel=1e-2, abs=1e-2)
 
 
+def test_overlap_takes_no_token_of_positive_thr_where_tau_is_negative():
+    row = dict.fromkeys(("s", "entropy", "surprisal"), [[0.1, 0.2], [0.3, 0.4]]) | dict(
+        question=0, correct=[True, False], selected_tokens=[[0, 0], [0, 1]],
+        thr=[[-0.5, -1.0], [0.2, -0.3]])
+    assert of_question(row, 1.0)["jaccard", "nthr", "thr < 0"] == 1
+
+
 def test_scores_from_the_token_ids(out, plain):
     """s by the double sum of eq. 7 with explicit alpha, then eq. 8, 9 and 5, of a plain model."""
     for asked, row in zip(rows(out / "groups.jsonl"), rows(out / "questions.jsonl")):
